@@ -1,0 +1,317 @@
+//! Composite operations: what a model means, before any target is known.
+
+use std::fmt;
+
+use crate::graph::{Dialect, Dim, Shape, Type};
+use crate::spec::{Activation, NormKind, Rope, RopeLayout, Routing};
+
+/// The dialect of composite operations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Model {}
+
+impl Dialect for Model {
+    type Operation = Composite;
+    type Element = Kind;
+    type Literal = Parameter;
+}
+
+/// Element types before a computation type is chosen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// The computation's float type.
+    Real,
+    /// float32 whatever the computation's type is: routers, logits.
+    Full,
+    /// 64-bit integers.
+    Integer,
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Real => "real",
+            Self::Full => "full",
+            Self::Integer => "integer",
+        })
+    }
+}
+
+/// Marks a value as a learned parameter; its name and shape are the value's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Parameter;
+
+impl fmt::Display for Parameter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("parameter")
+    }
+}
+
+/// Formula of a norm.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct NormOp {
+    /// The formula.
+    pub kind: NormKind,
+    /// Added before the root.
+    pub eps: f64,
+    /// The weight is stored as its difference from one.
+    pub offset: bool,
+}
+
+/// Causal attention with a cache.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AttentionOp {
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads.
+    pub kv_heads: usize,
+    /// Size of a query or key head.
+    pub key_size: usize,
+    /// Size of a value head.
+    pub value_size: usize,
+    /// Multiplier of the products.
+    pub scale: f64,
+    /// Keys that a query sees, itself included.
+    pub window: Option<usize>,
+}
+
+/// Routing and running of experts.
+#[derive(Debug, Clone, PartialEq)]
+pub struct MoeOp {
+    /// Number of experts.
+    pub experts: usize,
+    /// Experts chosen for a token.
+    pub top_k: usize,
+    /// Width of an expert's hidden layer.
+    pub intermediate_size: usize,
+    /// Non-linearity.
+    pub activation: Activation,
+    /// Experts are gated MLPs.
+    pub gated: bool,
+    /// From logits to weights.
+    pub routing: Routing,
+}
+
+/// An operation of the model. Operands and results are listed with their shapes: `B` batch, `S` new tokens,
+/// `P` tokens in the cache, `T = P + S`.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Composite {
+    /// ids `[B, S]`, table `[V, H]` -> `[B, S, H]`
+    Embed,
+    /// Product with a constant, which is rounded to the element type first.
+    Scale(f64),
+    /// x `[.., I]`, weight `[O, I]`, optional bias `[O]` -> `[.., O]`; computed in the weight's type.
+    Linear,
+    /// x `[.., H]`, weight `[H]` -> `[.., H]`
+    Norm(NormOp),
+    /// residual, x, weight `[H]` -> residual + x, and its norm
+    AddNorm(NormOp),
+    /// Sum of two values of one shape.
+    Add,
+    /// Product, with broadcasting.
+    Multiply,
+    /// Logistic function.
+    Sigmoid,
+    /// Non-linearity.
+    Activate(Activation),
+    /// Another shape for the same elements.
+    Reshape(Shape),
+    /// Pieces of these sizes along the last axis.
+    Split(Vec<usize>),
+    /// Joined along the last axis.
+    Concat,
+    /// Broadcast to a shape.
+    Expand(Shape),
+    /// Cast.
+    Convert(Kind),
+    /// positions `[B, S]` -> cosine and sine, each `[B, S, size / 2]`
+    RopeTable(Rope),
+    /// x `[B, S, heads * D]`, cosine, sine -> x with the first `size` elements of each head rotated
+    Rotate {
+        /// Heads in x.
+        heads: usize,
+        /// Rotated elements of each.
+        size: usize,
+        /// Which elements pair up.
+        layout: RopeLayout,
+    },
+    /// q `[B, S, N*Dk]`, k `[B, S, K*Dk]`, v `[B, S, K*Dv]`, past key `[B, K, P, Dk]` and value, mask `[B, T]`
+    /// -> output `[B, S, N*Dv]`, present key `[B, K, T, Dk]` and value
+    Attention(AttentionOp),
+    /// x `[B, S, H]`, router logits `[B, S, E]`, correction bias `[E]` if any, gate `[E, I, H]` if gated,
+    /// up `[E, I, H]`, down `[E, H, I]` -> `[B, S, H]`
+    Moe(MoeOp),
+    /// x `[B, S, H]`, mask `[B, T]` -> the last kept token of each row, `[B, 1, H]`
+    LastToken,
+}
+
+impl Composite {
+    /// Result types, or what is wrong with the operands.
+    pub(super) fn infer(&self, operands: &[&Type<Kind>]) -> Result<Vec<Type<Kind>>, String> {
+        let operand = |i: usize| operands.get(i).copied().ok_or_else(|| format!("operand {i} is missing"));
+        let x = operand(0)?;
+        Ok(match self {
+            Self::Embed => {
+                let table = operand(1)?;
+                let mut shape = x.shape.clone();
+                shape.push(last(table)?.clone());
+                vec![Type::new(Kind::Real, shape)]
+            }
+            Self::Linear => vec![linear(x, operand(1)?, operands.get(2).copied())?],
+            Self::Norm(_) => {
+                expect_last(x, last(operand(1)?)?)?;
+                vec![x.clone()]
+            }
+            Self::AddNorm(_) => {
+                expect_same(x, operand(1)?)?;
+                expect_last(x, last(operand(2)?)?)?;
+                vec![x.clone(), x.clone()]
+            }
+            Self::Add => {
+                expect_same(x, operand(1)?)?;
+                vec![x.clone()]
+            }
+            Self::Multiply => {
+                let other = operand(1)?;
+                expect_element(x, other)?;
+                let wider = if x.shape.len() >= other.shape.len() && last(x)? != &Dim::from(1) { x } else { other };
+                vec![wider.clone()]
+            }
+            Self::Scale(_) | Self::Sigmoid | Self::Activate(_) => vec![x.clone()],
+            Self::Rotate { heads, size, .. } => {
+                let head = last(x)?.divided_by(&Dim::from(*heads)).and_then(|d| d.value());
+                if head.is_none_or(|head| usize::try_from(head).is_ok_and(|head| head < *size)) {
+                    return Err(format!("{x} has no {heads} heads of at least {size} elements"));
+                }
+                vec![x.clone()]
+            }
+            Self::Reshape(shape) => {
+                if product(&x.shape) != product(shape) {
+                    return Err(format!("{x} can not be reshaped to {}", Type::new(x.element, shape.clone())));
+                }
+                vec![Type::new(x.element, shape.clone())]
+            }
+            Self::Expand(shape) => vec![Type::new(x.element, shape.clone())],
+            Self::Convert(kind) => vec![Type::new(*kind, x.shape.clone())],
+            Self::Split(sizes) => split(x, sizes)?,
+            Self::Concat => vec![concat(operands)?],
+            Self::RopeTable(rope) => {
+                let mut shape = x.shape.clone();
+                shape.push(Dim::from(rope.size / 2));
+                vec![Type::new(Kind::Real, shape.clone()), Type::new(Kind::Real, shape)]
+            }
+            Self::Attention(attention) => attention.infer(operands)?,
+            Self::Moe(moe) => {
+                expect_last(operand(1)?, &Dim::from(moe.experts))?;
+                vec![x.clone()]
+            }
+            Self::LastToken => match x.shape.as_slice() {
+                [batch, _, hidden] => vec![Type::new(x.element, [batch.clone(), Dim::from(1), hidden.clone()])],
+                _ => return Err(format!("{x} is not [batch, sequence, hidden]")),
+            },
+        })
+    }
+}
+
+impl AttentionOp {
+    fn infer(&self, operands: &[&Type<Kind>]) -> Result<Vec<Type<Kind>>, String> {
+        let [query, key, value, past_key, past_value, mask] = operands else {
+            return Err(format!("expected 6 operands, found {}", operands.len()));
+        };
+        expect_last(query, &Dim::from(self.heads * self.key_size))?;
+        expect_last(key, &Dim::from(self.kv_heads * self.key_size))?;
+        expect_last(value, &Dim::from(self.kv_heads * self.value_size))?;
+        let total = last(mask)?;
+        let present = |past: &Type<Kind>| {
+            let mut shape = past.shape.clone();
+            if let Some(length) = shape.get_mut(2) {
+                *length = total.clone();
+            }
+            Type::new(past.element, shape)
+        };
+        let mut output = query.shape.clone();
+        if let Some(width) = output.last_mut() {
+            *width = Dim::from(self.heads * self.value_size);
+        }
+        Ok(vec![Type::new(Kind::Real, output), present(past_key), present(past_value)])
+    }
+}
+
+fn last(ty: &Type<Kind>) -> Result<&Dim, String> {
+    ty.shape.last().ok_or_else(|| format!("{ty} has no axis"))
+}
+
+fn product(shape: &Shape) -> Dim {
+    shape.iter().fold(Dim::from(1), |product, dim| &product * dim)
+}
+
+fn expect_element(a: &Type<Kind>, b: &Type<Kind>) -> Result<(), String> {
+    if a.element == b.element { Ok(()) } else { Err(format!("{a} and {b} differ in element type")) }
+}
+
+fn expect_same(a: &Type<Kind>, b: &Type<Kind>) -> Result<(), String> {
+    if a == b { Ok(()) } else { Err(format!("{a} and {b} should be of one type")) }
+}
+
+fn expect_last(ty: &Type<Kind>, expected: &Dim) -> Result<(), String> {
+    let found = last(ty)?;
+    if found == expected { Ok(()) } else { Err(format!("the last axis of {ty} should be {expected}")) }
+}
+
+fn linear(x: &Type<Kind>, weight: &Type<Kind>, bias: Option<&Type<Kind>>) -> Result<Type<Kind>, String> {
+    let [output, input] = weight.shape.as_slice() else {
+        return Err(format!("a weight is [out, in], found {weight}"));
+    };
+    expect_last(x, input)?;
+    expect_element(x, weight)?;
+    if let Some(bias) = bias {
+        expect_last(bias, output)?;
+    }
+    let mut shape = x.shape.clone();
+    shape.pop();
+    shape.push(output.clone());
+    Ok(Type::new(x.element, shape))
+}
+
+fn split(x: &Type<Kind>, sizes: &[usize]) -> Result<Vec<Type<Kind>>, String> {
+    expect_last(x, &Dim::from(sizes.iter().sum::<usize>()))?;
+    let piece = |size: &usize| {
+        let mut shape = x.shape.clone();
+        shape.pop();
+        shape.push(Dim::from(*size));
+        Type::new(x.element, shape)
+    };
+    Ok(sizes.iter().map(piece).collect())
+}
+
+fn concat(operands: &[&Type<Kind>]) -> Result<Type<Kind>, String> {
+    let mut width = Dim::constant(0);
+    for ty in operands {
+        width = &width + last(ty)?;
+    }
+    let first = operands.first().ok_or("nothing to join")?;
+    let mut shape = first.shape.clone();
+    shape.pop();
+    shape.push(width);
+    Ok(Type::new(first.element, shape))
+}
+
+impl fmt::Display for Composite {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Norm(op) => write!(f, "Norm{op}"),
+            Self::AddNorm(op) => write!(f, "AddNorm{op}"),
+            Self::Reshape(shape) => write!(f, "Reshape{{{}}}", Type::new("", shape.clone())),
+            Self::Expand(shape) => write!(f, "Expand{{{}}}", Type::new("", shape.clone())),
+            Self::Attention(op) => write!(f, "{op:?}"),
+            Self::Moe(op) => write!(f, "{op:?}"),
+            other => write!(f, "{other:?}"),
+        }
+    }
+}
+
+impl fmt::Display for NormOp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let weight = if self.offset { "1 + weight" } else { "weight" };
+        write!(f, "{{{:?}, eps: {:e}, {weight}}}", self.kind, self.eps)
+    }
+}

@@ -1,0 +1,89 @@
+//! Element types of tensors: what a checkpoint holds, what a graph computes in.
+
+use std::fmt;
+
+/// Element type of a tensor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum ElementType {
+    /// 32-bit float.
+    F32,
+    /// IEEE half precision.
+    F16,
+    /// bfloat16.
+    BF16,
+    /// 64-bit float.
+    F64,
+    /// Signed 64-bit integer.
+    I64,
+    /// Signed 32-bit integer.
+    I32,
+    /// Signed 8-bit integer.
+    I8,
+    /// Unsigned 8-bit integer.
+    U8,
+    /// Boolean, one byte each.
+    Bool,
+}
+
+impl ElementType {
+    /// Size of one element in bytes.
+    pub fn size(self) -> usize {
+        match self {
+            Self::I8 | Self::U8 | Self::Bool => 1,
+            Self::F16 | Self::BF16 => 2,
+            Self::F32 | Self::I32 => 4,
+            Self::F64 | Self::I64 => 8,
+        }
+    }
+
+    /// `TensorProto.DataType` of ONNX.
+    pub fn onnx(self) -> i32 {
+        match self {
+            Self::F32 => 1,
+            Self::U8 => 2,
+            Self::I8 => 3,
+            Self::I32 => 6,
+            Self::I64 => 7,
+            Self::Bool => 9,
+            Self::F16 => 10,
+            Self::F64 => 11,
+            Self::BF16 => 16,
+        }
+    }
+
+    /// The name in an operator's schema, as in `tensor(float)`.
+    pub fn schema_name(self) -> &'static str {
+        match self {
+            Self::F32 => "tensor(float)",
+            Self::F16 => "tensor(float16)",
+            Self::BF16 => "tensor(bfloat16)",
+            Self::F64 => "tensor(double)",
+            Self::I64 => "tensor(int64)",
+            Self::I32 => "tensor(int32)",
+            Self::I8 => "tensor(int8)",
+            Self::U8 => "tensor(uint8)",
+            Self::Bool => "tensor(bool)",
+        }
+    }
+
+    /// True for the floating-point types.
+    pub fn is_float(self) -> bool {
+        matches!(self, Self::F32 | Self::F16 | Self::BF16 | Self::F64)
+    }
+}
+
+impl fmt::Display for ElementType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::BF16 => "bf16",
+            Self::F64 => "f64",
+            Self::I64 => "i64",
+            Self::I32 => "i32",
+            Self::I8 => "i8",
+            Self::U8 => "u8",
+            Self::Bool => "bool",
+        })
+    }
+}

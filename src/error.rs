@@ -1,0 +1,171 @@
+//! The one error type. Every failure says where (`subject`), what was found, what was expected, and the next step.
+
+use std::fmt;
+
+/// Result with the crate's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Why something failed; stable strings that scripts can match on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Code {
+    /// A file or directory could not be read or written.
+    Io,
+    /// The repository has no `config.json`.
+    ConfigMissing,
+    /// A JSON file does not parse, or is not of the form that it should have.
+    ConfigInvalid,
+    /// A key of `config.json` that nothing accounts for.
+    ConfigUnusedKey,
+    /// A key that an expression needs is absent.
+    ConfigMissingKey,
+    /// A setting that the template says it can not reproduce.
+    ConfigUnsupported,
+    /// The repository holds no safetensors weights.
+    WeightsMissing,
+    /// The index names a shard that is not there.
+    ShardMissing,
+    /// A safetensors file is cut short or its header contradicts the file.
+    WeightsCorrupt,
+    /// A tensor that a parameter needs is absent.
+    TensorMissing,
+    /// A tensor that no parameter takes and no rule drops.
+    TensorUnexpected,
+    /// A tensor whose shape is not the parameter's.
+    TensorShape,
+    /// Weights in a form that is not read.
+    QuantizationUnsupported,
+    /// No template knows this `model_type`.
+    ModelTypeUnknown,
+    /// A template does not parse or contradicts itself.
+    TemplateInvalid,
+    /// An expression of a template failed.
+    ExpressionFailed,
+    /// The specification contradicts itself: the graph can not be built.
+    SpecInvalid,
+    /// A node does not fit its operator's schema.
+    NodeInvalid,
+    /// The output directory exists.
+    OutputExists,
+    /// onnxruntime's library was not found or can not be used.
+    RuntimeMissing,
+    /// onnxruntime refused a model or failed to run it.
+    RuntimeFailed,
+    /// A golden file is missing or unreadable.
+    GoldenInvalid,
+    /// The model does not compute what the reference computes.
+    VerificationFailed,
+    /// The tokenizer or its chat template is missing or unreadable.
+    TokenizerInvalid,
+    /// A command line value that makes no sense.
+    UsageInvalid,
+}
+
+impl Code {
+    /// The code as it is printed.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Io => "io",
+            Self::ConfigMissing => "config-missing",
+            Self::ConfigInvalid => "config-invalid",
+            Self::ConfigUnusedKey => "config-unused-key",
+            Self::ConfigMissingKey => "config-missing-key",
+            Self::ConfigUnsupported => "config-unsupported",
+            Self::WeightsMissing => "weights-missing",
+            Self::ShardMissing => "shard-missing",
+            Self::WeightsCorrupt => "weights-corrupt",
+            Self::TensorMissing => "tensor-missing",
+            Self::TensorUnexpected => "tensor-unexpected",
+            Self::TensorShape => "tensor-shape",
+            Self::QuantizationUnsupported => "quantization-unsupported",
+            Self::ModelTypeUnknown => "model-type-unknown",
+            Self::TemplateInvalid => "template-invalid",
+            Self::ExpressionFailed => "expression-failed",
+            Self::SpecInvalid => "spec-invalid",
+            Self::NodeInvalid => "node-invalid",
+            Self::OutputExists => "output-exists",
+            Self::RuntimeMissing => "runtime-missing",
+            Self::RuntimeFailed => "runtime-failed",
+            Self::GoldenInvalid => "golden-invalid",
+            Self::VerificationFailed => "verification-failed",
+            Self::TokenizerInvalid => "tokenizer-invalid",
+            Self::UsageInvalid => "usage-invalid",
+        }
+    }
+}
+
+/// What went wrong. Built with [`Error::new`] and the chained setters; empty fields are not printed.
+#[derive(Debug, Clone)]
+pub struct Error {
+    /// The kind of failure.
+    pub code: Code,
+    /// The file, key, tensor or node that it is about.
+    pub subject: String,
+    /// What was there.
+    pub found: String,
+    /// What should have been there.
+    pub expected: String,
+    /// What to do next.
+    pub help: String,
+}
+
+impl Error {
+    /// An error about `subject`.
+    pub fn new(code: Code, subject: impl fmt::Display) -> Self {
+        Self { code, subject: subject.to_string(), found: String::new(), expected: String::new(), help: String::new() }
+    }
+
+    /// An I/O error about a path.
+    pub fn io(path: &std::path::Path, error: &std::io::Error) -> Self {
+        let help = match error.kind() {
+            std::io::ErrorKind::NotFound => "check the path",
+            std::io::ErrorKind::PermissionDenied => "check the permissions",
+            std::io::ErrorKind::StorageFull => "free some disk space and run again",
+            _ => "",
+        };
+        Self::new(Code::Io, path.display()).found(error).help(help)
+    }
+
+    /// Says what was found.
+    #[must_use]
+    pub fn found(mut self, found: impl fmt::Display) -> Self {
+        self.found = found.to_string();
+        self
+    }
+
+    /// Says what was expected.
+    #[must_use]
+    pub fn expected(mut self, expected: impl fmt::Display) -> Self {
+        self.expected = expected.to_string();
+        self
+    }
+
+    /// Says what to do next.
+    #[must_use]
+    pub fn help(mut self, help: impl fmt::Display) -> Self {
+        self.help = help.to_string();
+        self
+    }
+
+    /// The error as `--json` prints it.
+    pub fn to_json(&self) -> serde_json::Value {
+        serde_json::json!({ "error": {
+            "code": self.code.as_str(), "subject": self.subject, "found": self.found,
+            "expected": self.expected, "help": self.help,
+        }})
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "error[{}]: {}", self.code.as_str(), self.subject)?;
+        for (label, text) in [("found", &self.found), ("expected", &self.expected), ("help", &self.help)] {
+            if !text.is_empty() {
+                write!(f, "\n  {label}: {text}")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for Error {}

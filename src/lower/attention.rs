@@ -1,0 +1,159 @@
+//! Attention with a cache, in onnxruntime's operator, in ONNX's, or spelled out.
+
+use super::{Form, Lowerer, Operator, Padding};
+use crate::build::AttentionOp;
+use crate::element::ElementType;
+use crate::error::{Code, Error, Result};
+use crate::graph::{Dim, ValueId};
+
+/// Query, key, value, past key and past value.
+type Operands = [ValueId; 5];
+
+impl Lowerer {
+    pub(super) fn attention(&mut self, op: &AttentionOp, operands: &[ValueId]) -> Result<Vec<ValueId>> {
+        let &[query, key, value, past_key, past_value, _mask] = operands else {
+            return Err(Error::new(Code::SpecInvalid, "Attention").found(format!("{} operands", operands.len())));
+        };
+        let operands = [query, key, value, past_key, past_value];
+        self.first_form("attention", |s, form| match form {
+            "GroupQueryAttention" => s.group_query_attention(op, operands),
+            "Attention" => s.standard_attention(op, operands).map(Form::Done),
+            _ => s.attention_spelled_out(op, operands).map(Form::Done),
+        })
+    }
+
+    /// `GroupQueryAttention` of onnxruntime. Its `seqlens_k` is the place of each row's last kept token and the
+    /// padding is a bias: measured to be exact for left and right padding and through the cache.
+    fn group_query_attention(&mut self, op: &AttentionOp, operands: Operands) -> Result<Form<Vec<ValueId>>> {
+        if op.key_size != op.value_size {
+            return Ok(Form::Refused(format!("key heads of {} and value heads of {} differ", op.key_size, op.value_size)));
+        }
+        if op.key_size % 8 != 0 {
+            return Ok(Form::Refused(format!("head size {} is not a multiple of 8", op.key_size)));
+        }
+        let element = self.e.ty(operands[0]).element;
+        let bias = match self.options.padding {
+            Padding::Any => Some(self.padding_bias(element)?),
+            Padding::Right => None,
+        };
+        let last = self.last_kept()?;
+        let last = self.share("mask/seqlens_k", |s| s.e.cast(last, ElementType::I32))?;
+        let total = self.total_length()?;
+        let total = self.share("mask/total_sequence_length", |s| s.e.cast(total, ElementType::I32))?;
+        let mut call = Operator::microsoft("GroupQueryAttention")
+            .size("num_heads", op.heads)
+            .size("kv_num_heads", op.kv_heads)
+            .float("scale", op.scale)
+            .int("do_rotary", 0)
+            .int("rotary_interleaved", 0);
+        if let Some(window) = op.window {
+            call = call.size("local_window_size", window);
+        }
+        let mut inputs: Vec<Option<ValueId>> = operands.into_iter().map(Some).collect();
+        inputs.extend([Some(last), Some(total)]);
+        if bias.is_some() {
+            inputs.extend([None, None, None, bias]);
+        }
+        Ok(Form::Done(self.e.call(call, &inputs, [true; 3])?.to_vec()))
+    }
+
+    /// `Attention` of ONNX 23. All visibility is in an additive float mask: clients differ in how they read
+    /// `is_causal` with a cache and boolean masks.
+    fn standard_attention(&mut self, op: &AttentionOp, operands: Operands) -> Result<Vec<ValueId>> {
+        let [query, key, value, past_key, past_value] = operands.map(Some);
+        let mask = self.score_mask(op.window, self.e.ty(operands[0]).element)?;
+        let call = Operator::new("Attention")
+            .size("q_num_heads", op.heads)
+            .size("kv_num_heads", op.kv_heads)
+            .float("scale", op.scale)
+            .int("is_causal", 0);
+        let inputs = [query, key, value, Some(mask), past_key, past_value];
+        Ok(self.e.call(call, &inputs, [true; 3])?.to_vec())
+    }
+
+    /// Attention from matrix products. Query heads that share a key head are stacked along the sequence, so
+    /// that keys and values are never repeated.
+    ///
+    /// ```text
+    /// q [B, S, N*D] ─ [B, N, S, D] ─ [B, K, G*S, D] ┐
+    /// k [B, S, K*D] ─ [B, K, S, D] ─ concat past ───┴ scores [B, K, G*S, T] ─ [B, N, S, T] + mask ─ softmax ┐
+    /// v [B, S, K*D] ─ [B, K, S, D] ─ concat past ─────────────────────────────────────────────────────────┴ [B, S, N*D]
+    /// ```
+    fn attention_spelled_out(&mut self, op: &AttentionOp, operands: Operands) -> Result<Vec<ValueId>> {
+        let [query, key, value, past_key, past_value] = operands;
+        let element = self.e.ty(query).element;
+        let mask = self.score_mask(op.window, ElementType::F32)?;
+        let query = self.heads_first(query, op.heads, op.key_size)?;
+        let key = self.heads_first(key, op.kv_heads, op.key_size)?;
+        let value = self.heads_first(value, op.kv_heads, op.value_size)?;
+        let join = || Operator::new("Concat").int("axis", 2);
+        let key = self.e.add(join(), &[past_key, key])?;
+        let value = self.e.add(join(), &[past_value, value])?;
+
+        let shape = self.e.shape(query).clone();
+        let [batch, _, sequence, _] = shape.as_slice() else {
+            return Err(Error::new(Code::SpecInvalid, "Attention").found("a query that is not [B, N, S, D]"));
+        };
+        let (batch, sequence) = (batch.clone(), sequence.clone());
+        let stacked = &Dim::from(op.heads / op.kv_heads.max(1)) * &sequence;
+        let total = self.e.shape(key).get(2).cloned().unwrap_or_else(|| Dim::from(1));
+        // [B, N, S, D] -> [B, K, G*S, D]
+        let grouped = vec![batch.clone(), Dim::from(op.kv_heads), stacked.clone(), Dim::from(op.key_size)];
+        let query = self.e.reshape(query, &grouped)?;
+        let scale = self.e.scalar(element, op.scale);
+        let query = self.e.add(Operator::new("Mul"), &[query, scale])?;
+        let key_transposed = self.e.add(Operator::new("Transpose").ints("perm", &[0, 1, 3, 2]), &[key])?;
+        let scores = self.e.add(Operator::new("MatMul"), &[query, key_transposed])?;
+        let scores = self.e.cast(scores, ElementType::F32)?;
+        // [B, K, G*S, T] -> [B, N, S, T]
+        let by_head = vec![batch.clone(), Dim::from(op.heads), sequence, total.clone()];
+        let scores = self.reshape_scores(scores, &by_head)?;
+        let scores = self.e.add(Operator::new("Add"), &[scores, mask])?;
+        let weights = self.e.add(Operator::new("Softmax").int("axis", -1), &[scores])?;
+        let weights = self.e.cast(weights, element)?;
+        // [B, N, S, T] -> [B, K, G*S, T]
+        let weights = self.reshape_scores(weights, &vec![batch, Dim::from(op.kv_heads), stacked, total])?;
+        let mixed = self.e.add(Operator::new("MatMul"), &[weights, value])?;
+        let output = self.tokens_first(mixed, op)?;
+        Ok(vec![output, key, value])
+    }
+
+    /// `[B, S, N * D]` -> `[B, N, S, D]`
+    fn heads_first(&mut self, x: ValueId, heads: usize, size: usize) -> Result<ValueId> {
+        let mut shape = self.e.shape(x).clone();
+        shape.pop();
+        shape.extend([Dim::from(heads), Dim::from(size)]);
+        let x = self.e.reshape(x, &shape)?;
+        self.e.add(Operator::new("Transpose").ints("perm", &[0, 2, 1, 3]), &[x])
+    }
+
+    /// `[B, K, G*S, D]` -> `[B, S, N * D]`
+    fn tokens_first(&mut self, x: ValueId, op: &AttentionOp) -> Result<ValueId> {
+        let shape = self.e.shape(x).clone();
+        let (Some(batch), Some(stacked)) = (shape.first(), shape.get(2)) else {
+            return Err(Error::new(Code::SpecInvalid, "Attention").found("an output without heads"));
+        };
+        let groups = Dim::from(op.heads / op.kv_heads.max(1));
+        let sequence = stacked.divided_by(&groups).unwrap_or_else(|| stacked.clone());
+        let (heads, size) = (Dim::from(op.heads), Dim::from(op.value_size));
+        // [B, K, G*S, D] -> [B, N, S, D] -> [B, S, N, D] -> [B, S, N * D]
+        let x = self.e.reshape(x, &vec![batch.clone(), heads, sequence.clone(), size])?;
+        let x = self.e.add(Operator::new("Transpose").ints("perm", &[0, 2, 1, 3]), &[x])?;
+        self.e.reshape(x, &vec![batch.clone(), sequence, Dim::from(op.heads * op.value_size)])
+    }
+
+    /// Between `[B, K, G*S, T]` and `[B, N, S, T]`: the last size is open, so it is given and the third follows.
+    fn reshape_scores(&mut self, x: ValueId, shape: &crate::graph::Shape) -> Result<ValueId> {
+        if self.e.shape(x) == shape {
+            return Ok(x);
+        }
+        let heads = shape.get(1).and_then(Dim::value).unwrap_or(1);
+        let total = self.total_length()?;
+        let sizes = self.share(&format!("mask/scores_{heads}"), |s| {
+            let (axis, leading) = (s.e.ints(&[0]), s.e.ints(&[0, heads, -1]));
+            let total = s.e.add(Operator::new("Unsqueeze"), &[total, axis])?;
+            s.e.add(Operator::new("Concat").int("axis", 0), &[leading, total])
+        })?;
+        self.e.add(Operator::new("Reshape"), &[x, sizes])
+    }
+}

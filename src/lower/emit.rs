@@ -1,0 +1,255 @@
+//! Writes ONNX nodes: each is checked against its operator's schema and typed as it is added.
+
+use std::collections::HashMap;
+
+use super::infer::{Inferred, Operand, infer};
+use super::onnx_graph::{Attribute, Constant, Onnx, Operator};
+use crate::element::ElementType;
+use crate::error::{Code, Error, Result};
+use crate::graph::{Dim, Graph, Node, Shape, Source, Type, ValueId};
+use crate::opset::{AttributeKind, Call, Target};
+use crate::weight::Weight;
+
+/// Writes a graph of ONNX operators for one target.
+#[derive(Debug)]
+pub(super) struct Emitter {
+    pub(super) graph: Graph<Onnx>,
+    target: &'static Target,
+    scope: String,
+    names: HashMap<String, usize>,
+    literals: HashMap<String, ValueId>,
+    contents: HashMap<ValueId, Shape>,
+}
+
+impl Emitter {
+    pub(super) fn new(target: &'static Target) -> Self {
+        Self {
+            graph: Graph::default(),
+            target,
+            scope: String::new(),
+            names: HashMap::new(),
+            literals: HashMap::new(),
+            contents: HashMap::new(),
+        }
+    }
+
+    /// Names the nodes that follow: `/model/layers.0/self_attn`.
+    pub(super) fn enter(&mut self, scope: &str) -> String {
+        std::mem::replace(&mut self.scope, scope.to_owned())
+    }
+
+    pub(super) fn ty(&self, value: ValueId) -> &Type<ElementType> {
+        self.graph.ty(value)
+    }
+
+    pub(super) fn shape(&self, value: ValueId) -> &Shape {
+        &self.graph.ty(value).shape
+    }
+
+    /// Adds a node with one result.
+    pub(super) fn add(&mut self, op: Operator, operands: &[ValueId]) -> Result<ValueId> {
+        let operands: Vec<Option<ValueId>> = operands.iter().copied().map(Some).collect();
+        let [only] = self.call(op, &operands, [true])?;
+        Ok(only)
+    }
+
+    /// Adds a node. `wanted` says which of its first results are named; the ids of unwanted ones are unused.
+    pub(super) fn call<const N: usize>(
+        &mut self,
+        op: Operator,
+        operands: &[Option<ValueId>],
+        wanted: [bool; N],
+    ) -> Result<[ValueId; N]> {
+        let name = self.unique(op.op_type);
+        let refused = |reason: String| {
+            Error::new(Code::NodeInvalid, format!("node {name} ({op})"))
+                .found(reason)
+                .help("this is a defect of a builder or a lowering; please report it with the model's config.json")
+        };
+        let inferred = {
+            let operand = |id: &ValueId| Operand { ty: self.graph.ty(*id), contents: self.contents.get(id) };
+            let operands: Vec<Option<Operand>> = operands.iter().map(|id| id.as_ref().map(operand)).collect();
+            infer(&op, &operands).map_err(&refused)?
+        };
+        self.check(&op, operands, &inferred, &wanted).map_err(&refused)?;
+        let mut inferred = inferred.into_iter();
+        let mut index = 0;
+        let ids = wanted.map(|_| {
+            let result = inferred.next();
+            let id = result.map(|result| self.result(&name, index, result));
+            index += 1;
+            id
+        });
+        let mut outputs: Vec<Option<ValueId>> = ids.iter().zip(wanted).map(|(id, wanted)| id.filter(|_| wanted)).collect();
+        while outputs.last() == Some(&None) {
+            outputs.pop();
+        }
+        let Some(ids) = ids.into_iter().collect::<Option<Vec<ValueId>>>().and_then(|ids| ids.try_into().ok()) else {
+            return Err(refused(format!("fewer than {N} results")));
+        };
+        self.graph.nodes.push(Node { name, op, inputs: operands.to_vec(), outputs });
+        Ok(ids)
+    }
+
+    fn result(&mut self, node: &str, index: usize, result: Inferred) -> ValueId {
+        let id = self.graph.add_value(format!("{node}/output_{index}"), result.ty, Source::Node);
+        if let Some(contents) = result.contents {
+            self.contents.insert(id, contents);
+        }
+        id
+    }
+
+    fn check(
+        &self,
+        op: &Operator,
+        operands: &[Option<ValueId>],
+        results: &[Inferred],
+        wanted: &[bool],
+    ) -> Result<(), String> {
+        let inputs: Vec<Option<ElementType>> = operands.iter().map(|id| id.map(|id| self.ty(id).element)).collect();
+        let results = results.iter().zip(wanted);
+        let outputs: Vec<Option<ElementType>> = results.map(|(r, wanted)| wanted.then_some(r.ty.element)).collect();
+        let kind = |value: &Attribute| match value {
+            Attribute::Int(_) => AttributeKind::Int,
+            Attribute::Float(_) => AttributeKind::Float,
+            Attribute::Ints(_) => AttributeKind::Ints,
+            Attribute::String(_) => AttributeKind::String,
+        };
+        let attributes: Vec<(&str, AttributeKind)> = op.attributes.iter().map(|(name, v)| (*name, kind(v))).collect();
+        let call = Call {
+            domain: op.domain,
+            op_type: op.op_type,
+            inputs: &inputs,
+            outputs: &outputs,
+            attributes: &attributes,
+        };
+        crate::opset::check(self.target, &call)
+    }
+
+    fn unique(&mut self, op_type: &str) -> String {
+        let name = format!("{}/{op_type}", self.scope);
+        let count = self.names.entry(name.clone()).or_insert(0);
+        *count += 1;
+        if *count == 1 { name } else { format!("{name}_{}", *count - 1) }
+    }
+
+    /// A constant list of integers, `[n]`; equal ones are one value.
+    pub(super) fn ints(&mut self, values: &[i64]) -> ValueId {
+        let name = format!("/constants/i64/{values:?}");
+        let ty = Type::new(ElementType::I64, [Dim::from(values.len())]);
+        let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        let contents = values.iter().map(|value| Dim::constant(*value)).collect();
+        self.constant(name, ty, bytes, Some(contents))
+    }
+
+    /// A constant integer without axes.
+    pub(super) fn int(&mut self, value: i64) -> ValueId {
+        let ty = Type::new(ElementType::I64, []);
+        let contents = vec![Dim::constant(value)];
+        self.constant(format!("/constants/i64/{value}"), ty, value.to_le_bytes().to_vec(), Some(contents))
+    }
+
+    /// A constant float without axes, rounded to the element type.
+    pub(super) fn scalar(&mut self, element: ElementType, value: f64) -> ValueId {
+        self.floats_of(element, &[value], Some(Shape::new()))
+    }
+
+    /// A constant list of float32, `[n]`.
+    pub(super) fn floats(&mut self, values: &[f32]) -> ValueId {
+        let values: Vec<f64> = values.iter().map(|value| f64::from(*value)).collect();
+        self.floats_of(ElementType::F32, &values, None)
+    }
+
+    #[expect(clippy::cast_possible_truncation, reason = "rounding to the element type is what is asked for")]
+    fn floats_of(&mut self, element: ElementType, values: &[f64], shape: Option<Shape>) -> ValueId {
+        let bytes: Vec<u8> = match element {
+            ElementType::F16 => values.iter().flat_map(|v| half::f16::from_f64(*v).to_le_bytes()).collect(),
+            ElementType::BF16 => values.iter().flat_map(|v| half::bf16::from_f64(*v).to_le_bytes()).collect(),
+            _ => values.iter().flat_map(|v| (*v as f32).to_le_bytes()).collect(),
+        };
+        let shape = shape.unwrap_or_else(|| vec![Dim::from(values.len())]);
+        let listed: Vec<String> = values.iter().map(|value| format!("{value:e}")).collect();
+        let ty = Type::new(element, shape);
+        self.constant(format!("/constants/{ty}/{}", listed.join(",")), ty, bytes, None)
+    }
+
+    fn constant(&mut self, name: String, ty: Type<ElementType>, bytes: Vec<u8>, contents: Option<Shape>) -> ValueId {
+        if let Some(known) = self.literals.get(&name) {
+            return *known;
+        }
+        // Long lists of numbers make names that nobody reads.
+        let shown = if name.len() > 80 { format!("/constants/{}", self.literals.len()) } else { name.clone() };
+        let id = self.graph.add_value(shown, ty, Source::Literal(Constant::Inline(bytes)));
+        if let Some(contents) = contents {
+            self.contents.insert(id, contents);
+        }
+        self.literals.insert(name, id);
+        id
+    }
+
+    /// An initializer made from parameters; asked for twice, it is the same value.
+    pub(super) fn weight(&mut self, name: &str, ty: Type<ElementType>, weight: Weight) -> ValueId {
+        if let Some(known) = self.literals.get(name) {
+            return *known;
+        }
+        let id = self.graph.add_value(name.to_owned(), ty, Source::Literal(Constant::Weight(weight)));
+        self.literals.insert(name.to_owned(), id);
+        id
+    }
+
+    /// Sizes of a shape as a tensor `[n]`: constant where they are fixed, taken from `like`'s leading axes where not.
+    pub(super) fn shape_tensor(&mut self, shape: &Shape, like: ValueId) -> Result<ValueId> {
+        let source = self.shape(like).clone();
+        let copies = shape.iter().zip(&source).take_while(|(want, have)| want == have && want.value().is_none()).count();
+        let rest: Option<Vec<i64>> = shape.iter().skip(copies).map(Dim::value).collect();
+        match rest {
+            // 0 copies the axis of the same place.
+            Some(rest) => {
+                let mut sizes = vec![0; copies];
+                sizes.extend(rest);
+                Ok(self.ints(&sizes))
+            }
+            None => Err(Error::new(Code::NodeInvalid, &self.scope)
+                .found(format!("{} from {}", Type::new("", shape.clone()), Type::new("", source)))
+                .expected("a shape whose leading axes are the operand's")),
+        }
+    }
+
+    /// Reshapes `x`; open axes must be its leading ones, or one of them may follow from the rest.
+    pub(super) fn reshape(&mut self, x: ValueId, shape: &Shape) -> Result<ValueId> {
+        let source = self.shape(x).clone();
+        if source == *shape {
+            return Ok(x);
+        }
+        let copies = shape.iter().zip(&source).take_while(|(want, have)| want == have).count();
+        let mut inferred = false;
+        let sizes: Option<Vec<i64>> = shape
+            .iter()
+            .enumerate()
+            .map(|(i, dim)| match dim.value() {
+                Some(size) => Some(size),
+                None if i < copies => Some(0),
+                None if !inferred => {
+                    inferred = true;
+                    Some(-1)
+                }
+                None => None,
+            })
+            .collect();
+        let sizes = sizes.ok_or_else(|| {
+            Error::new(Code::NodeInvalid, &self.scope)
+                .found(format!("a reshape from {} to {}", Type::new("", source), Type::new("", shape.clone())))
+                .expected("at most one open size that is not copied")
+        })?;
+        let sizes = self.ints(&sizes);
+        self.add(Operator::new("Reshape"), &[x, sizes])
+    }
+
+    /// Casts `x`, if it is of another type.
+    pub(super) fn cast(&mut self, x: ValueId, element: ElementType) -> Result<ValueId> {
+        if self.ty(x).element == element {
+            return Ok(x);
+        }
+        self.add(Operator::new("Cast").int("to", element.onnx().into()), &[x])
+    }
+}

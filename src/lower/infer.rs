@@ -1,0 +1,319 @@
+//! Result types of ONNX operators, with symbolic shapes.
+//!
+//! Besides types it follows the contents of small integer tensors (shapes, lengths), so that `Reshape`,
+//! `Expand` and `Range` are typed although their shapes are computed in the graph.
+
+use super::onnx_graph::Operator;
+use crate::element::ElementType;
+use crate::graph::{Dim, Shape, Type};
+
+type Ty = Type<ElementType>;
+
+/// An operand: its type, and its elements where they are known.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Operand<'a> {
+    pub(super) ty: &'a Ty,
+    pub(super) contents: Option<&'a Shape>,
+}
+
+/// A result: its type, and its elements where they are known.
+#[derive(Debug)]
+pub(super) struct Inferred {
+    pub(super) ty: Ty,
+    pub(super) contents: Option<Vec<Dim>>,
+}
+
+/// Results of an operator, in order. Results that are not wanted are left to the caller to drop.
+pub(super) fn infer(op: &Operator, operands: &[Option<Operand>]) -> Result<Vec<Inferred>, String> {
+    let get = |i: usize| operands.get(i).copied().flatten().ok_or_else(|| format!("operand {i} is missing"));
+    let typed = |element: ElementType, shape: Shape| vec![Inferred { ty: Type::new(element, shape), contents: None }];
+    let x = get(0)?;
+    let same = || typed(x.ty.element, x.ty.shape.clone());
+    Ok(match op.op_type {
+        "Add" | "Sub" | "Mul" | "Div" | "Min" | "Max" | "Mod" => arithmetic(op, x, get(1)?)?,
+        "Pow" => typed(x.ty.element, broadcast(&x.ty.shape, &get(1)?.ty.shape)?),
+        "And" | "Or" | "Equal" | "Greater" | "GreaterOrEqual" | "Less" | "LessOrEqual" => {
+            typed(ElementType::Bool, broadcast(&x.ty.shape, &get(1)?.ty.shape)?)
+        }
+        "Where" => {
+            let (a, b) = (get(1)?, get(2)?);
+            let shape = broadcast(&x.ty.shape, &broadcast(&a.ty.shape, &b.ty.shape)?)?;
+            typed(a.ty.element, shape)
+        }
+        "Cast" => {
+            let to = op.get_int("to").and_then(element_of).ok_or("Cast without a known type")?;
+            vec![Inferred { ty: Type::new(to, x.ty.shape.clone()), contents: x.contents.cloned() }]
+        }
+        "MatMul" | "FusedMatMul" => typed(x.ty.element, matmul(op, &x.ty.shape, &get(1)?.ty.shape)?),
+        "Gemm" => typed(x.ty.element, gemm(op, &x.ty.shape, &get(1)?.ty.shape)?),
+        "Reshape" => typed(x.ty.element, reshape(&x.ty.shape, get(1)?)?),
+        "Expand" => typed(x.ty.element, broadcast(&x.ty.shape, known(get(1)?)?)?),
+        "Transpose" => typed(x.ty.element, transpose(op, &x.ty.shape)?),
+        "Concat" => concat(op, operands)?,
+        "Split" => split(op, x, get(1)?)?,
+        "Slice" => slice(x, operands)?,
+        "Gather" => gather(op, x, get(1)?)?,
+        "GatherElements" => typed(x.ty.element, get(1)?.ty.shape.clone()),
+        "Unsqueeze" => unsqueeze(x, get(1)?)?,
+        "Shape" => {
+            let shape = Shape::from([Dim::from(x.ty.shape.len())]);
+            vec![Inferred { ty: Type::new(ElementType::I64, shape), contents: Some(x.ty.shape.clone()) }]
+        }
+        "Range" => {
+            let (start, end) = (one(x)?, one(get(1)?)?);
+            typed(x.ty.element, vec![&end + &(&start * &Dim::constant(-1))])
+        }
+        "ReduceSum" | "ReduceMax" | "ReduceMean" => typed(x.ty.element, reduce(op, x, operands.get(1).copied().flatten())?),
+        "TopK" => {
+            let count = one(get(1)?)?;
+            let shape = with_axis(&x.ty.shape, op.get_int("axis").unwrap_or(-1), count)?;
+            let mut results = typed(x.ty.element, shape.clone());
+            results.extend(typed(ElementType::I64, shape));
+            results
+        }
+        "SkipSimplifiedLayerNormalization" => {
+            let mut results = same();
+            results.extend((0..3).flat_map(|_| same()));
+            results
+        }
+        "Attention" => attention(op, x, operands)?,
+        "GroupQueryAttention" => {
+            let total = get(5).and(get(10)).map(|bias| bias.ty.shape.last().cloned()).ok().flatten();
+            caches(x.ty, &[get(3)?.ty, get(4)?.ty], &x.ty.shape, total)?
+        }
+        _ if ELEMENTWISE.contains(&op.op_type) => same(),
+        other => return Err(format!("the result type of {other} is not known")),
+    })
+}
+
+/// Operators whose one result has the type of their first operand.
+const ELEMENTWISE: [&str; 22] = [
+    "Sigmoid", "Tanh", "Sqrt", "Cos", "Sin", "Exp", "Log", "Neg", "Relu", "Erf", "Reciprocal", "Identity", "Softmax",
+    "Gelu", "Not", "SimplifiedLayerNormalization", "RMSNormalization", "RotaryEmbedding", "MoE", "ScatterElements",
+    "Floor", "Abs",
+];
+
+fn element_of(onnx: i64) -> Option<ElementType> {
+    use ElementType as E;
+    [E::F32, E::F16, E::BF16, E::F64, E::I64, E::I32, E::I8, E::U8, E::Bool]
+        .into_iter()
+        .find(|element| i64::from(element.onnx()) == onnx)
+}
+
+fn axis_index(axis: i64, rank: usize) -> Result<usize, String> {
+    let rank_signed = i64::try_from(rank).map_err(|e| e.to_string())?;
+    let index = if axis < 0 { axis + rank_signed } else { axis };
+    usize::try_from(index).ok().filter(|i| *i < rank).ok_or_else(|| format!("axis {axis} of {rank} axes"))
+}
+
+fn with_axis(shape: &Shape, axis: i64, size: Dim) -> Result<Shape, String> {
+    let index = axis_index(axis, shape.len())?;
+    let mut shape = shape.clone();
+    if let Some(slot) = shape.get_mut(index) {
+        *slot = size;
+    }
+    Ok(shape)
+}
+
+fn known(operand: Operand<'_>) -> Result<&Shape, String> {
+    operand.contents.ok_or_else(|| "a shape is not known".to_owned())
+}
+
+fn one(operand: Operand) -> Result<Dim, String> {
+    match operand.contents.map(Vec::as_slice) {
+        Some([dim]) => Ok(dim.clone()),
+        _ => Err("a length is not known".to_owned()),
+    }
+}
+
+/// A list of numbers that are fixed.
+fn numbers(operand: Operand) -> Result<Vec<i64>, String> {
+    let contents = known(operand)?;
+    contents.iter().map(|dim| dim.value().ok_or_else(|| format!("{dim} is not fixed"))).collect()
+}
+
+fn broadcast(a: &Shape, b: &Shape) -> Result<Shape, String> {
+    let (long, short) = if a.len() >= b.len() { (a, b) } else { (b, a) };
+    let mut shape = long.clone();
+    let offset = long.len() - short.len();
+    let unit = Dim::from(1);
+    for (slot, other) in shape.iter_mut().skip(offset).zip(short) {
+        if *slot == unit {
+            *slot = other.clone();
+        } else if *other != unit && other != slot {
+            return Err(format!("{slot} and {other} do not broadcast"));
+        }
+    }
+    Ok(shape)
+}
+
+fn arithmetic(op: &Operator, a: Operand, b: Operand) -> Result<Vec<Inferred>, String> {
+    if a.ty.element != b.ty.element {
+        return Err(format!("{} and {} differ in element type", a.ty, b.ty));
+    }
+    let combine = |x: &Dim, y: &Dim| match op.op_type {
+        "Add" => Some(x + y),
+        "Sub" => Some(x + &(y * &Dim::constant(-1))),
+        "Mul" => Some(x * y),
+        _ => None,
+    };
+    let contents = a.contents.zip(b.contents).filter(|(x, y)| x.len() == y.len());
+    let contents = contents.and_then(|(x, y)| x.iter().zip(y).map(|(x, y)| combine(x, y)).collect());
+    Ok(vec![Inferred { ty: Type::new(a.ty.element, broadcast(&a.ty.shape, &b.ty.shape)?), contents }])
+}
+
+fn matmul(op: &Operator, a: &Shape, b: &Shape) -> Result<Shape, String> {
+    let ([a_outer @ .., rows, inner], [b_outer @ .., x, y]) = (a.as_slice(), b.as_slice()) else {
+        return Err("operands need two axes".to_owned());
+    };
+    let (expected, columns) = if op.get_int("transB") == Some(1) { (y, x) } else { (x, y) };
+    if inner != expected {
+        return Err(format!("inner sizes {inner} and {expected} differ"));
+    }
+    let mut shape = broadcast(&a_outer.to_vec(), &b_outer.to_vec())?;
+    shape.extend([rows.clone(), columns.clone()]);
+    Ok(shape)
+}
+
+fn gemm(op: &Operator, a: &Shape, b: &Shape) -> Result<Shape, String> {
+    if a.len() != 2 || b.len() != 2 {
+        return Err("Gemm takes matrices".to_owned());
+    }
+    matmul(op, a, b)
+}
+
+fn reshape(shape: &Shape, target: Operand) -> Result<Shape, String> {
+    let product = |shape: &[Dim]| shape.iter().fold(Dim::from(1), |product, dim| &product * dim);
+    let mut result = Shape::new();
+    let mut open = None;
+    for (i, dim) in known(target)?.iter().enumerate() {
+        match dim.value() {
+            Some(0) => result.push(shape.get(i).cloned().ok_or("0 copies an axis that is not there")?),
+            Some(-1) => open = Some(i),
+            _ => result.push(dim.clone()),
+        }
+    }
+    let (total, rest) = (product(shape), product(&result));
+    let quotient = total.divided_by(&rest).ok_or_else(|| format!("{total} elements do not fill {rest}"))?;
+    match open {
+        Some(i) => result.insert(i, quotient),
+        None if quotient == Dim::from(1) => {}
+        None => return Err(format!("{total} elements do not fill {rest}")),
+    }
+    Ok(result)
+}
+
+fn transpose(op: &Operator, shape: &Shape) -> Result<Shape, String> {
+    let order = op.get_ints("perm").ok_or("Transpose without perm")?;
+    let pick = |axis: &i64| axis_index(*axis, shape.len()).and_then(|i| shape.get(i).cloned().ok_or_else(String::new));
+    order.iter().map(pick).collect()
+}
+
+fn concat(op: &Operator, operands: &[Option<Operand>]) -> Result<Vec<Inferred>, String> {
+    let parts: Vec<Operand> = operands.iter().flatten().copied().collect();
+    let first = parts.first().ok_or("nothing to join")?;
+    let axis = op.get_int("axis").ok_or("Concat without axis")?;
+    let index = axis_index(axis, first.ty.shape.len())?;
+    let length = parts.iter().filter_map(|p| p.ty.shape.get(index)).fold(Dim::constant(0), |sum, dim| &sum + dim);
+    let contents: Option<Vec<&Shape>> = parts.iter().map(|part| part.contents).collect();
+    let contents = contents.map(|parts| parts.into_iter().flatten().cloned().collect());
+    Ok(vec![Inferred { ty: Type::new(first.ty.element, with_axis(&first.ty.shape, axis, length)?), contents }])
+}
+
+fn split(op: &Operator, x: Operand, sizes: Operand) -> Result<Vec<Inferred>, String> {
+    let axis = op.get_int("axis").unwrap_or(0);
+    let piece = |size: &Dim| {
+        let shape = with_axis(&x.ty.shape, axis, size.clone())?;
+        Ok(Inferred { ty: Type::new(x.ty.element, shape), contents: None })
+    };
+    known(sizes)?.iter().map(piece).collect()
+}
+
+/// Slices with steps of one along known axes; an end beyond the axis means its end.
+fn slice(x: Operand, operands: &[Option<Operand>]) -> Result<Vec<Inferred>, String> {
+    let list = |i: usize| operands.get(i).copied().flatten().ok_or("Slice needs starts, ends and axes").map(numbers);
+    let (starts, ends, axes) = (list(1)??, list(2)??, list(3)??);
+    let mut shape = x.ty.shape.clone();
+    let mut contents = x.contents.cloned();
+    for ((start, end), axis) in starts.iter().zip(&ends).zip(&axes) {
+        let index = axis_index(*axis, shape.len())?;
+        let full = shape.get(index).cloned().ok_or("no such axis")?;
+        let place = |at: i64| if at < 0 { &full + &Dim::constant(at) } else { Dim::constant(at) };
+        let stop = match full.value() {
+            Some(size) if *end > size => full.clone(),
+            None if *end == i64::MAX => full.clone(),
+            _ => place(*end),
+        };
+        let length = &stop + &(&place(*start) * &Dim::constant(-1));
+        if let (Some(known), Some(from), Some(to)) = (&contents, place(*start).value(), stop.value()) {
+            let range = usize::try_from(from).unwrap_or(0)..usize::try_from(to).unwrap_or(0);
+            contents = known.get(range).map(<[Dim]>::to_vec);
+        }
+        shape = with_axis(&shape, *axis, length)?;
+    }
+    Ok(vec![Inferred { ty: Type::new(x.ty.element, shape), contents }])
+}
+
+fn gather(op: &Operator, x: Operand, indices: Operand) -> Result<Vec<Inferred>, String> {
+    let axis = axis_index(op.get_int("axis").unwrap_or(0), x.ty.shape.len())?;
+    let mut shape: Shape = x.ty.shape.iter().take(axis).cloned().collect();
+    shape.extend(indices.ty.shape.iter().cloned());
+    shape.extend(x.ty.shape.iter().skip(axis + 1).cloned());
+    let contents = x.contents.and_then(|known| {
+        let indices = numbers(indices).ok()?;
+        indices.iter().map(|i| axis_index(*i, known.len()).ok().and_then(|i| known.get(i).cloned())).collect()
+    });
+    Ok(vec![Inferred { ty: Type::new(x.ty.element, shape), contents }])
+}
+
+fn unsqueeze(x: Operand, axes: Operand) -> Result<Vec<Inferred>, String> {
+    let axes = numbers(axes)?;
+    let rank = x.ty.shape.len() + axes.len();
+    let mut places: Vec<usize> = axes.iter().map(|axis| axis_index(*axis, rank)).collect::<Result<_, _>>()?;
+    places.sort_unstable();
+    let mut shape = x.ty.shape.clone();
+    for place in places {
+        shape.insert(place.min(shape.len()), Dim::from(1));
+    }
+    Ok(vec![Inferred { ty: Type::new(x.ty.element, shape), contents: x.contents.cloned() }])
+}
+
+/// Axes are an attribute or an operand, depending on the operator's version.
+fn reduce(op: &Operator, x: Operand, axes: Option<Operand>) -> Result<Shape, String> {
+    let axes = match (op.get_ints("axes"), axes) {
+        (Some(axes), _) => axes.to_vec(),
+        (None, Some(axes)) => numbers(axes)?,
+        (None, None) => (0..).take(x.ty.shape.len()).collect(),
+    };
+    let rank = x.ty.shape.len();
+    let gone: Vec<usize> = axes.iter().map(|axis| axis_index(*axis, rank)).collect::<Result<_, _>>()?;
+    let keep = op.get_int("keepdims").unwrap_or(1) == 1;
+    let reduced = x.ty.shape.iter().enumerate().filter_map(|(i, dim)| match gone.contains(&i) {
+        false => Some(dim.clone()),
+        true if keep => Some(Dim::from(1)),
+        true => None,
+    });
+    Ok(reduced.collect())
+}
+
+/// Attention-23 with three-dimensional query, key and value.
+fn attention(op: &Operator, query: Operand, operands: &[Option<Operand>]) -> Result<Vec<Inferred>, String> {
+    let get = |i: usize| operands.get(i).copied().flatten().ok_or_else(|| format!("operand {i} is missing"));
+    let heads = op.get_int("q_num_heads").ok_or("Attention without q_num_heads")?;
+    let (past_key, past_value) = (get(4)?.ty, get(5)?.ty);
+    let value_size = past_value.shape.last().cloned().ok_or("a cache has four axes")?;
+    let output = with_axis(&query.ty.shape, -1, &Dim::constant(heads) * &value_size)?;
+    let total = get(3)?.ty.shape.last().cloned();
+    caches(query.ty, &[past_key, past_value], &output, total)
+}
+
+/// Output, present key and present value.
+fn caches(query: &Ty, past: &[&Ty], output: &Shape, total: Option<Dim>) -> Result<Vec<Inferred>, String> {
+    let total = total.ok_or("the total length is not known")?;
+    let plain = |ty: Ty| Inferred { ty, contents: None };
+    let mut results = vec![plain(Type::new(query.element, output.clone()))];
+    for past in past {
+        results.push(plain(Type::new(past.element, with_axis(&past.shape, 2, total.clone())?)));
+    }
+    Ok(results)
+}

@@ -1,0 +1,131 @@
+//! Masks and lengths, which all layers share.
+//!
+//! Visibility goes by place in the cache, as in transformers: query `i` sees key `j` when `j <= i`, when
+//! `j > i - window`, and when `attention_mask` keeps `j`. A query always sees itself, so that no row of a
+//! softmax is empty; rows of padding are nobody's result.
+
+use super::{Lowerer, Operator};
+use crate::element::ElementType;
+use crate::error::Result;
+use crate::graph::ValueId;
+
+/// What is added to a score that must not count: half the lowest number, so that no sum overflows.
+pub(super) fn masked(element: ElementType) -> f64 {
+    match element {
+        ElementType::F16 => -65504.0 / 2.0,
+        _ => f64::from(f32::MIN) / 2.0,
+    }
+}
+
+impl Lowerer {
+    /// Length of an axis of a graph input, as a scalar.
+    fn length(&mut self, input: &str) -> Result<ValueId> {
+        self.share(&format!("lengths/{input}"), |s| {
+            let input = s.input(input)?;
+            let shape = s.e.add(Operator::new("Shape"), &[input])?;
+            let axis = s.e.int(1);
+            s.e.add(Operator::new("Gather").int("axis", 0), &[shape, axis])
+        })
+    }
+
+    /// Tokens in the cache and new ones together, `T`.
+    pub(super) fn total_length(&mut self) -> Result<ValueId> {
+        self.length("attention_mask")
+    }
+
+    /// Tokens in the cache, `P = T - S`.
+    fn past_length(&mut self) -> Result<ValueId> {
+        let (total, new) = (self.total_length()?, self.length("input_ids")?);
+        self.share("lengths/past", |s| s.e.add(Operator::new("Sub"), &[total, new]))
+    }
+
+    /// `0 .. T`, `[T]`
+    fn key_index(&mut self) -> Result<ValueId> {
+        let total = self.total_length()?;
+        self.share("mask/key_index", |s| {
+            let (zero, one) = (s.e.int(0), s.e.int(1));
+            s.e.add(Operator::new("Range"), &[zero, total, one])
+        })
+    }
+
+    /// `P .. T`, `[S, 1]`
+    fn query_index(&mut self) -> Result<ValueId> {
+        let (past, total) = (self.past_length()?, self.total_length()?);
+        self.share("mask/query_index", |s| {
+            let one = s.e.int(1);
+            let range = s.e.add(Operator::new("Range"), &[past, total, one])?;
+            let axis = s.e.ints(&[1]);
+            s.e.add(Operator::new("Unsqueeze"), &[range, axis])
+        })
+    }
+
+    /// Which keys are tokens, `[B, 1, 1, T]`
+    fn kept(&mut self) -> Result<ValueId> {
+        self.share("mask/kept", |s| {
+            let mask = s.input("attention_mask")?;
+            let kept = s.e.cast(mask, ElementType::Bool)?;
+            let axes = s.e.ints(&[1, 2]);
+            s.e.add(Operator::new("Unsqueeze"), &[kept, axes])
+        })
+    }
+
+    /// What is added to the scores: 0 where the query sees the key, `[B, 1, S, T]`
+    pub(super) fn score_mask(&mut self, window: Option<usize>, element: ElementType) -> Result<ValueId> {
+        let (key, query, kept) = (self.key_index()?, self.query_index()?, self.kept()?);
+        self.share(&format!("mask/{element}/{window:?}"), |s| {
+            let mut visible = s.e.add(Operator::new("LessOrEqual"), &[key, query])?;
+            if let Some(window) = window {
+                let window = s.e.int(i64::try_from(window).unwrap_or(i64::MAX));
+                let before = s.e.add(Operator::new("Sub"), &[query, window])?;
+                let near = s.e.add(Operator::new("Greater"), &[key, before])?;
+                visible = s.e.add(Operator::new("And"), &[visible, near])?;
+            }
+            let itself = s.e.add(Operator::new("Equal"), &[key, query])?;
+            let kept = s.e.add(Operator::new("Or"), &[kept, itself])?;
+            let visible = s.e.add(Operator::new("And"), &[visible, kept])?;
+            s.zero_where(visible, element)
+        })
+    }
+
+    /// The padding alone as something added to the scores, `[B, 1, S, T]`
+    pub(super) fn padding_bias(&mut self, element: ElementType) -> Result<ValueId> {
+        let kept = self.kept()?;
+        let new = self.length("input_ids")?;
+        self.share(&format!("mask/padding_{element}"), |s| {
+            let bias = s.zero_where(kept, element)?;
+            let (one, axis) = (s.e.ints(&[1]), s.e.ints(&[0]));
+            let new = s.e.add(Operator::new("Unsqueeze"), &[new, axis])?;
+            let shape = s.e.add(Operator::new("Concat").int("axis", 0), &[one, one, new, one])?;
+            // [B, 1, 1, T] -> [B, 1, S, T]
+            s.e.add(Operator::new("Expand"), &[bias, shape])
+        })
+    }
+
+    fn zero_where(&mut self, condition: ValueId, element: ElementType) -> Result<ValueId> {
+        let (zero, masked) = (self.e.scalar(element, 0.0), self.e.scalar(element, masked(element)));
+        self.e.add(Operator::new("Where"), &[condition, zero, masked])
+    }
+
+    /// Place of each row's last kept token, `[B]`
+    pub(super) fn last_kept(&mut self) -> Result<ValueId> {
+        let index = self.key_index()?;
+        self.share("mask/last_kept", |s| {
+            let mask = s.input("attention_mask")?;
+            let places = s.e.add(Operator::new("Mul"), &[mask, index])?;
+            s.reduce("ReduceMax", places, &[1], false)
+        })
+    }
+
+    /// The hidden state of each row's last kept token among the new ones: `[B, S, H]` -> `[B, 1, H]`
+    pub(super) fn last_token(&mut self, x: ValueId, _mask: ValueId) -> Result<ValueId> {
+        let (last, past) = (self.last_kept()?, self.past_length()?);
+        let place = self.e.add(Operator::new("Sub"), &[last, past])?;
+        let zero = self.e.int(0);
+        // A row without a new token (it ended before) has no logits worth reading; its first place is as good as any.
+        let place = self.e.add(Operator::new("Max"), &[place, zero])?;
+        let axes = self.e.ints(&[1, 2]);
+        // [B] -> [B, 1, 1]
+        let place = self.e.add(Operator::new("Unsqueeze"), &[place, axes])?;
+        self.e.add(Operator::new("GatherND").int("batch_dims", 1), &[x, place])
+    }
+}

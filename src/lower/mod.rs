@@ -1,0 +1,366 @@
+//! Lowering: composite operations become operators that the target's opset really has.
+//!
+//! **Invariant:** only this stage and `opsets/` know targets, and nothing here asks which target it is. A target
+//! lists, for each composite operation, the forms to try, best first; a form that can not express a case says
+//! why and the next one is tried. The reasons are kept for `inspect`.
+
+mod attention;
+mod emit;
+mod infer;
+mod masks;
+mod moe;
+mod norm;
+mod onnx_graph;
+mod rope;
+mod rotary;
+
+pub use onnx_graph::{Attribute, Constant, MICROSOFT, Onnx, Operator};
+
+use std::collections::{BTreeMap, HashMap};
+
+use crate::build::{Composite, Kind, Model};
+use crate::element::ElementType;
+use crate::error::{Code, Error, Result};
+use crate::graph::{Dim, Graph, Node, Shape, Source, Type, ValueId};
+use crate::opset::Target;
+use crate::spec::Activation;
+use crate::weight::Weight;
+use emit::Emitter;
+
+/// Which padding the graph is exact for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Padding {
+    /// Left, right and none, in one graph.
+    #[default]
+    Any,
+    /// Right and none: less work in each attention, rotation inside of it where it can be.
+    Right,
+}
+
+/// What a graph is lowered for.
+#[derive(Debug, Clone, Copy)]
+pub struct Options {
+    /// The operators that exist.
+    pub target: &'static Target,
+    /// Float type of weights, caches and computation.
+    pub element: ElementType,
+    /// Padding that must be exact.
+    pub padding: Padding,
+    /// Positions that a table of rotations holds, where an operator wants a table.
+    pub max_length: usize,
+}
+
+/// An ONNX graph, and why it is not made of better operators.
+#[derive(Debug)]
+pub struct Lowered {
+    /// The graph.
+    pub graph: Graph<Onnx>,
+    /// Form chosen and reasons against the better ones, by composite operation.
+    pub notes: Vec<Note>,
+}
+
+/// A composite operation for which the target's best form was not used.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Note {
+    /// The composite operation.
+    pub composite: String,
+    /// The form that was not used.
+    pub form: String,
+    /// Why.
+    pub reason: String,
+    /// Where it first occurred.
+    pub scope: String,
+}
+
+/// The outcome of trying one form.
+enum Form<T> {
+    Done(T),
+    Refused(String),
+}
+
+/// Lowers a graph of composite operations.
+pub fn lower(model: &Graph<Model>, options: &Options) -> Result<Lowered> {
+    let mut lowerer = Lowerer {
+        e: Emitter::new(options.target),
+        options: *options,
+        values: HashMap::new(),
+        shared: HashMap::new(),
+        static_ropes: HashMap::new(),
+        notes: BTreeMap::new(),
+    };
+    for id in &model.inputs {
+        let value = model.value(*id);
+        let lowered = lowerer.e.graph.add_input(&value.name, lowerer.ty(&value.ty));
+        lowerer.values.insert(*id, lowered);
+    }
+    for node in &model.nodes {
+        lowerer.node(model, node)?;
+    }
+    for id in &model.outputs {
+        let lowered = lowerer.value(model, *id)?;
+        lowerer.e.graph.outputs.push(lowered);
+    }
+    Ok(Lowered { graph: lowerer.e.graph, notes: lowerer.notes.into_values().collect() })
+}
+
+struct Lowerer {
+    e: Emitter,
+    options: Options,
+    /// Lowered values of the model's graph.
+    values: HashMap<ValueId, ValueId>,
+    /// Values that many nodes share, such as masks, by what they are.
+    shared: HashMap<String, ValueId>,
+    /// Rotations whose frequencies do not depend on the sequence's length, by the cosine's value.
+    static_ropes: HashMap<ValueId, crate::spec::Rope>,
+    notes: BTreeMap<(String, String, String), Note>,
+}
+
+impl Lowerer {
+    fn element(&self, kind: Kind) -> ElementType {
+        match kind {
+            Kind::Real => self.options.element,
+            Kind::Full => ElementType::F32,
+            Kind::Integer => ElementType::I64,
+        }
+    }
+
+    fn ty(&self, ty: &Type<Kind>) -> Type<ElementType> {
+        Type::new(self.element(ty.element), ty.shape.iter().cloned())
+    }
+
+    /// The lowered form of a value; parameters become initializers when they are first used.
+    fn value(&mut self, model: &Graph<Model>, id: ValueId) -> Result<ValueId> {
+        if let Some(known) = self.values.get(&id) {
+            return Ok(*known);
+        }
+        let value = model.value(id);
+        match value.source {
+            Source::Literal(_) => {
+                let ty = self.ty(&value.ty);
+                let lowered = self.e.weight(&value.name, ty, Weight::source(&value.name));
+                self.values.insert(id, lowered);
+                Ok(lowered)
+            }
+            _ => Err(Error::new(Code::SpecInvalid, &value.name).found("a value that no earlier node computes")),
+        }
+    }
+
+    fn node(&mut self, model: &Graph<Model>, node: &Node<Composite>) -> Result<()> {
+        self.e.enter(&node.name);
+        // A folded or fused parameter must not leave its plain form behind: operands are lowered on demand.
+        let operands: Vec<ValueId> = node.inputs.iter().flatten().copied().collect();
+        let results = self.composite(model, node, &operands)?;
+        for (id, lowered) in node.outputs.iter().flatten().zip(results) {
+            // An operation that changes nothing hands its operand on, which keeps its name.
+            if !self.values.values().any(|known| *known == lowered) {
+                self.e.graph.rename(lowered, &model.value(*id).name);
+            }
+            self.values.insert(*id, lowered);
+        }
+        Ok(())
+    }
+
+    fn composite(&mut self, model: &Graph<Model>, node: &Node<Composite>, ids: &[ValueId]) -> Result<Vec<ValueId>> {
+        match &node.op {
+            Composite::Norm(op) => return Ok(vec![self.norm(*op, model, ids)?]),
+            Composite::AddNorm(op) => return Ok(self.add_norm(*op, model, ids)?.to_vec()),
+            Composite::Moe(op) => return Ok(vec![self.moe(op, model, ids)?]),
+            _ => {}
+        }
+        let operands: Vec<ValueId> = ids.iter().map(|id| self.value(model, *id)).collect::<Result<_>>()?;
+        let result_shape = |i: usize| {
+            let id = node.outputs.get(i).copied().flatten();
+            id.map(|id| model.ty(id).shape.clone()).unwrap_or_default()
+        };
+        let one = match (&node.op, operands.as_slice()) {
+            (Composite::Embed, [ids, table]) => self.e.add(Operator::new("Gather").int("axis", 0), &[*table, *ids]),
+            (Composite::Scale(factor), [x]) => {
+                let factor = self.e.scalar(self.e.ty(*x).element, *factor);
+                self.e.add(Operator::new("Mul"), &[*x, factor])
+            }
+            (Composite::Linear, [x, weight, bias @ ..]) => self.linear(*x, *weight, bias.first().copied()),
+            (Composite::Add, [a, b]) => self.e.add(Operator::new("Add"), &[*a, *b]),
+            (Composite::Multiply, [a, b]) => self.e.add(Operator::new("Mul"), &[*a, *b]),
+            (Composite::Sigmoid, [x]) => self.e.add(Operator::new("Sigmoid"), &[*x]),
+            (Composite::Activate(activation), [x]) => self.activate(*activation, *x),
+            (Composite::Reshape(_), [x]) => self.reshape(*x, &result_shape(0)),
+            (Composite::Expand(_), [x]) => self.expand(*x, &result_shape(0)),
+            (Composite::Concat, parts) => self.e.add(Operator::new("Concat").int("axis", -1), parts),
+            (Composite::Convert(kind), [x]) => self.e.cast(*x, self.element(*kind)),
+            (Composite::Split(sizes), [x]) => return self.split(*x, sizes),
+            (Composite::RopeTable(rope), [positions]) => return self.rope_table(rope, *positions),
+            (Composite::Rotate { heads, size, layout }, [x, cos, sin]) => {
+                self.rotate((*heads, *size, *layout), *x, *cos, *sin)
+            }
+            (Composite::Attention(op), operands) => return self.attention(op, operands),
+            (Composite::LastToken, [x, mask]) => self.last_token(*x, *mask),
+            (op, operands) => Err(Error::new(Code::SpecInvalid, &node.name)
+                .found(format!("{} operands of {op}", operands.len()))),
+        };
+        Ok(vec![one?])
+    }
+
+    /// Tries the target's forms of a composite operation in order.
+    fn first_form<T>(
+        &mut self,
+        composite: &str,
+        mut attempt: impl FnMut(&mut Self, &str) -> Result<Form<T>>,
+    ) -> Result<T> {
+        let target = self.options.target;
+        let mut reasons = Vec::new();
+        for form in target.forms(composite)? {
+            match attempt(self, form)? {
+                Form::Done(result) => return Ok(result),
+                Form::Refused(reason) => {
+                    reasons.push(format!("{form}: {reason}"));
+                    let scope = self.e.enter("");
+                    self.e.enter(&scope);
+                    let key = (composite.to_owned(), form.clone(), reason.clone());
+                    let note = Note { composite: composite.to_owned(), form: form.clone(), reason, scope };
+                    self.notes.entry(key).or_insert(note);
+                }
+            }
+        }
+        Err(Error::new(Code::SpecInvalid, format!("{composite} on target {}", target.name))
+            .found(reasons.join("; "))
+            .help("choose another --target"))
+    }
+
+    /// `x · weightᵀ + bias` with the weight as the checkpoint stores it, `[out, in]`.
+    fn linear(&mut self, x: ValueId, weight: ValueId, bias: Option<ValueId>) -> Result<ValueId> {
+        self.first_form("linear", |s, form| match form {
+            "FusedMatMul" => {
+                let op = Operator::microsoft("FusedMatMul").int("transA", 0).int("transB", 1);
+                let product = s.e.add(op, &[x, weight])?;
+                match bias {
+                    Some(bias) => s.e.add(Operator::new("Add"), &[product, bias]).map(Form::Done),
+                    None => Ok(Form::Done(product)),
+                }
+            }
+            "Gemm" => {
+                let mut shape = s.e.shape(x).clone();
+                let width = shape.last().cloned().unwrap_or_else(|| Dim::from(1));
+                let tokens = shape.iter().rev().skip(1).fold(Dim::from(1), |tokens, dim| &tokens * dim);
+                // [.., I] -> [tokens, I]
+                let rows = s.e.reshape(x, &vec![tokens, width])?;
+                let mut operands = vec![rows, weight];
+                operands.extend(bias);
+                let product = s.e.add(Operator::new("Gemm").int("transB", 1), &operands)?;
+                shape.pop();
+                shape.extend(s.e.shape(product).last().cloned());
+                // [tokens, O] -> [.., O]
+                s.reshape(product, &shape).map(Form::Done)
+            }
+            other => Ok(Form::Refused(format!("there is no form of this name: {other}"))),
+        })
+    }
+
+    fn activate(&mut self, activation: Activation, x: ValueId) -> Result<ValueId> {
+        let element = self.e.ty(x).element;
+        match activation {
+            Activation::Silu => {
+                let gate = self.e.add(Operator::new("Sigmoid"), &[x])?;
+                self.e.add(Operator::new("Mul"), &[x, gate])
+            }
+            Activation::Relu => self.e.add(Operator::new("Relu"), &[x]),
+            Activation::Relu2 => {
+                let positive = self.e.add(Operator::new("Relu"), &[x])?;
+                self.e.add(Operator::new("Mul"), &[positive, positive])
+            }
+            Activation::Gelu | Activation::GeluPytorchTanh => self.first_form("gelu", |s, form| match form {
+                "Gelu" => {
+                    let approximate = if activation == Activation::Gelu { "none" } else { "tanh" };
+                    s.e.add(Operator::new("Gelu").string("approximate", approximate), &[x]).map(Form::Done)
+                }
+                _ => s.gelu_spelled_out(activation, x, element).map(Form::Done),
+            }),
+        }
+    }
+
+    /// `x/2 · (1 + erf(x/√2))`, or `x/2 · (1 + tanh(√(2/π)·(x + 0.044715·x³)))`.
+    fn gelu_spelled_out(&mut self, activation: Activation, x: ValueId, element: ElementType) -> Result<ValueId> {
+        let e = &mut self.e;
+        let inner = if activation == Activation::Gelu {
+            let root = e.scalar(element, std::f64::consts::FRAC_1_SQRT_2);
+            let scaled = e.add(Operator::new("Mul"), &[x, root])?;
+            e.add(Operator::new("Erf"), &[scaled])?
+        } else {
+            let square = e.add(Operator::new("Mul"), &[x, x])?;
+            let cube = e.add(Operator::new("Mul"), &[square, x])?;
+            let factor = e.scalar(element, 0.044_715);
+            let cube = e.add(Operator::new("Mul"), &[cube, factor])?;
+            let sum = e.add(Operator::new("Add"), &[x, cube])?;
+            let root = e.scalar(element, (2.0 / std::f64::consts::PI).sqrt());
+            let scaled = e.add(Operator::new("Mul"), &[sum, root])?;
+            e.add(Operator::new("Tanh"), &[scaled])?
+        };
+        let (one, half) = (e.scalar(element, 1.0), e.scalar(element, 0.5));
+        let inner = e.add(Operator::new("Add"), &[inner, one])?;
+        let halved = e.add(Operator::new("Mul"), &[x, half])?;
+        e.add(Operator::new("Mul"), &[halved, inner])
+    }
+
+    /// Reshapes; where batch and sequence must be told apart again, their sizes come from `input_ids`.
+    fn reshape(&mut self, x: ValueId, shape: &Shape) -> Result<ValueId> {
+        let source = self.e.shape(x).clone();
+        let copied = shape.iter().zip(&source).take_while(|(want, have)| want == have).count();
+        let open = shape.iter().skip(copied).filter(|dim| dim.value().is_none()).count();
+        if open < 2 {
+            return self.e.reshape(x, shape);
+        }
+        let ids = self.input("input_ids")?;
+        let rest: Option<Vec<i64>> = shape.iter().skip(2).map(Dim::value).collect();
+        let Some(rest) = rest.filter(|_| shape.get(..2) == self.e.shape(ids).get(..2)) else {
+            return self.e.reshape(x, shape);
+        };
+        let sizes = self.share(&format!("token_shape/{rest:?}"), |s| {
+            let leading = s.e.add(Operator::new("Shape"), &[ids])?;
+            let rest = s.e.ints(&rest);
+            s.e.add(Operator::new("Concat").int("axis", 0), &[leading, rest])
+        })?;
+        self.e.add(Operator::new("Reshape"), &[x, sizes])
+    }
+
+    /// Broadcasts; axes that stay as they are may be open.
+    fn expand(&mut self, x: ValueId, shape: &Shape) -> Result<ValueId> {
+        let source = self.e.shape(x);
+        let sizes = shape.iter().zip(source).map(|(want, have)| if want == have { Some(1) } else { want.value() });
+        let sizes: Option<Vec<i64>> = sizes.collect();
+        let sizes = sizes.ok_or_else(|| {
+            Error::new(Code::SpecInvalid, "Expand").found("a size that is not fixed").expected("fixed sizes")
+        })?;
+        let sizes = self.e.ints(&sizes);
+        self.e.add(Operator::new("Expand"), &[x, sizes])
+    }
+
+    fn split(&mut self, x: ValueId, sizes: &[usize]) -> Result<Vec<ValueId>> {
+        let lengths: Vec<i64> = sizes.iter().map(|size| i64::try_from(*size).unwrap_or(i64::MAX)).collect();
+        let lengths = self.e.ints(&lengths);
+        let op = Operator::new("Split").int("axis", -1);
+        let operands = [Some(x), Some(lengths)];
+        match sizes.len() {
+            2 => Ok(self.e.call(op, &operands, [true; 2])?.to_vec()),
+            3 => Ok(self.e.call(op, &operands, [true; 3])?.to_vec()),
+            other => Err(Error::new(Code::SpecInvalid, "Split").found(other).expected("2 or 3 pieces")),
+        }
+    }
+
+    /// A graph input by name.
+    fn input(&self, name: &str) -> Result<ValueId> {
+        let found = self.e.graph.inputs.iter().find(|id| self.e.graph.value(**id).name == name);
+        found.copied().ok_or_else(|| Error::new(Code::SpecInvalid, name).found("no graph input of this name"))
+    }
+
+    /// A value that is computed once, under a scope of its own, whoever asks for it first.
+    fn share(&mut self, what: &str, write: impl FnOnce(&mut Self) -> Result<ValueId>) -> Result<ValueId> {
+        if let Some(known) = self.shared.get(what) {
+            return Ok(*known);
+        }
+        let scope = self.e.enter(&format!("/model/{}", what.split('/').next().unwrap_or(what)));
+        let value = write(self);
+        self.e.enter(&scope);
+        let value = value?;
+        self.shared.insert(what.to_owned(), value);
+        Ok(value)
+    }
+}

@@ -1,0 +1,329 @@
+//! The waist of the compiler: what a model is, fully resolved, layer by layer, as plain typed data.
+//!
+//! Templates and configurations end here and builders start here. Every field changes the computation;
+//! the knob test perturbs each of them and requires the logits to move.
+
+use serde::{Deserialize, Serialize};
+
+/// A decoder, ready to be built.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModelSpec {
+    /// `model_type` of the configuration.
+    pub model_type: String,
+    /// Name of the template that described it.
+    pub template: String,
+    /// Rows of the embedding and of the head.
+    pub vocab_size: usize,
+    /// Width of the residual stream.
+    pub hidden_size: usize,
+    /// Longest sequence that the model was made for.
+    pub context_length: usize,
+    /// From token ids to hidden states.
+    pub embedding: Embedding,
+    /// The decoder layers, in order.
+    pub layers: Vec<Layer>,
+    /// The norm before the head.
+    pub final_norm: Norm,
+    /// From hidden states to logits.
+    pub head: Head,
+}
+
+/// Token embedding.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Embedding {
+    /// Multiplier of the embedded tokens, rounded to the computation's element type as transformers does.
+    pub scale: Option<f64>,
+}
+
+/// Output projection.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Head {
+    /// The embedding matrix is the head's.
+    pub tied: bool,
+    /// The head adds a bias.
+    #[serde(default)]
+    pub bias: bool,
+}
+
+/// One decoder layer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Layer {
+    /// Token mixing.
+    pub attention: Attention,
+    /// Channel mixing.
+    pub feed_forward: FeedForward,
+    /// Where the layer normalises.
+    pub norms: LayerNorms,
+}
+
+/// The norms of a layer, by the place where they stand; an absent one is no norm there.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LayerNorms {
+    /// On the input of attention.
+    pub attention_input: Norm,
+    /// On the input of the feed-forward part.
+    pub feed_forward_input: Norm,
+}
+
+/// A normalisation over the last axis.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Norm {
+    /// Name of the module that holds the weight, below its layer or the model.
+    pub name: String,
+    /// The formula.
+    pub kind: NormKind,
+    /// Added to the mean square (or variance) before the root.
+    pub eps: f64,
+    /// The weight is stored as its difference from one, as in Gemma.
+    pub offset: bool,
+}
+
+/// Formulas of normalisation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum NormKind {
+    /// `x / sqrt(mean(x²) + eps) * weight` (Zhang & Sennrich 2019).
+    Rms,
+}
+
+/// Causal self-attention with a key-value cache.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Attention {
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads; each serves `heads / kv_heads` query heads.
+    pub kv_heads: usize,
+    /// Size of a query or key head.
+    pub key_size: usize,
+    /// Size of a value head.
+    pub value_size: usize,
+    /// How queries, keys and values come from the hidden states.
+    pub projection: Projection,
+    /// The output projection adds a bias.
+    pub output_bias: bool,
+    /// Multiplier of the query-key products.
+    pub scale: f64,
+    /// A query sees this many keys at most, itself included.
+    pub window: Option<usize>,
+    /// Rotary position embedding; none for layers without positions.
+    pub rope: Option<Rope>,
+}
+
+/// How queries, keys and values come from the hidden states.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Projection {
+    /// One matrix each.
+    Separate {
+        /// They add a bias.
+        bias: bool,
+    },
+    /// Multi-head latent attention (DeepSeek-V2, 2024): keys and values from a shared low-rank latent,
+    /// and one rotated key part for all heads.
+    Latent {
+        /// Rank of the query's latent; none for a full query matrix.
+        query_rank: Option<usize>,
+        /// Rank of the key-value latent.
+        kv_rank: usize,
+        /// Rotated part of a key head; the rest has no position.
+        rope_size: usize,
+        /// The down-projections add a bias.
+        bias: bool,
+        /// `eps` of the norms on the latents.
+        norm_eps: f64,
+    },
+}
+
+/// Rotary position embedding (Su et al. 2021).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rope {
+    /// Which elements form a pair.
+    pub layout: RopeLayout,
+    /// Rotated elements of a head, from its start.
+    pub size: usize,
+    /// Base of the frequencies.
+    pub theta: f64,
+    /// How frequencies are stretched to longer contexts.
+    pub scaling: RopeScaling,
+    /// Multiplier of cosine and sine.
+    pub attention_factor: f64,
+}
+
+/// Which elements of a head are rotated together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RopeLayout {
+    /// Element `i` with `i + size / 2` (GPT-NeoX, Llama).
+    Half,
+    /// Element `2i` with `2i + 1` (GPT-J, DeepSeek).
+    Interleaved,
+}
+
+/// Frequencies for longer contexts, by the names of `rope_type`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum RopeScaling {
+    /// `theta^(-2i / size)`.
+    Default,
+    /// All frequencies divided.
+    Linear {
+        /// The divisor.
+        factor: f64,
+    },
+    /// NTK-aware base that grows with the sequence beyond the original context.
+    Dynamic {
+        /// Growth.
+        factor: f64,
+        /// The length up to which nothing changes.
+        original_context: usize,
+    },
+    /// Llama 3.1: long wavelengths divided, short ones kept, a ramp between.
+    Llama3 {
+        /// The divisor.
+        factor: f64,
+        /// Wavelengths above `original_context / low_freq_factor` are divided.
+        low_freq_factor: f64,
+        /// Wavelengths below `original_context / high_freq_factor` are kept.
+        high_freq_factor: f64,
+        /// Context of pre-training.
+        original_context: usize,
+    },
+    /// `YaRN` (Peng et al. 2023).
+    Yarn {
+        /// The divisor of low frequencies.
+        factor: f64,
+        /// Rotations above which a frequency is kept.
+        beta_fast: f64,
+        /// Rotations below which a frequency is divided.
+        beta_slow: f64,
+        /// The ramp's ends are rounded to whole dimensions.
+        truncate: bool,
+        /// Context of pre-training.
+        original_context: usize,
+    },
+    /// `LongRoPE` (Ding et al. 2024): a divisor per frequency, another set beyond the original context.
+    Longrope {
+        /// Divisors within the original context.
+        short_factor: Vec<f64>,
+        /// Divisors beyond it.
+        long_factor: Vec<f64>,
+        /// Context of pre-training.
+        original_context: usize,
+    },
+}
+
+/// Channel mixing of a layer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FeedForward {
+    /// One MLP for every token.
+    Dense(Mlp),
+    /// A few of many MLPs for each token.
+    Moe(Box<Moe>),
+}
+
+/// A multi-layer perceptron.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Mlp {
+    /// Width of the hidden layer.
+    pub intermediate_size: usize,
+    /// Non-linearity.
+    pub activation: Activation,
+    /// `down(act(gate(x)) * up(x))`; otherwise `down(act(up(x)))`.
+    pub gated: bool,
+    /// Its projections add a bias.
+    pub bias: bool,
+}
+
+/// Non-linearities, by Hugging Face's names in `hidden_act`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Activation {
+    /// `x * sigmoid(x)`.
+    #[serde(alias = "swish")]
+    Silu,
+    /// `x * Φ(x)`, exactly.
+    Gelu,
+    /// The tanh approximation of `gelu`.
+    #[serde(alias = "gelu_new", alias = "gelu_fast", alias = "gelu_accurate")]
+    GeluPytorchTanh,
+    /// `max(x, 0)`.
+    Relu,
+    /// `max(x, 0)²`.
+    Relu2,
+}
+
+/// Mixture of experts.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Moe {
+    /// Number of experts.
+    pub experts: usize,
+    /// Experts chosen for a token.
+    pub top_k: usize,
+    /// Each expert.
+    pub expert: Mlp,
+    /// From the router's logits to the chosen experts' weights.
+    pub routing: Routing,
+    /// An expert that sees every token.
+    pub shared: Option<SharedExpert>,
+}
+
+/// From the router's logits to the chosen experts and their weights.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Routing {
+    /// From logits to scores.
+    pub score: Score,
+    /// A learned bias is added to the scores when choosing, not when weighting.
+    pub correction_bias: bool,
+    /// Experts come in groups, of which only the best are considered.
+    pub groups: Option<Groups>,
+    /// The chosen weights are divided by their sum.
+    pub normalize: bool,
+    /// Multiplier of the weights.
+    pub scale: f64,
+}
+
+/// From a router's logits to scores.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Score {
+    /// Over all experts.
+    Softmax,
+    /// Of each expert on its own.
+    Sigmoid,
+}
+
+/// Group-limited choice of experts (DeepSeek-V3).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Groups {
+    /// Number of groups, of equal size.
+    pub count: usize,
+    /// Groups that stay in the choice.
+    pub top: usize,
+    /// A group's score is the sum of this many of its best.
+    pub score_top: usize,
+}
+
+/// An expert that sees every token.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SharedExpert {
+    /// Name of the module that holds its weights, below `mlp`.
+    pub name: String,
+    /// The expert.
+    pub mlp: Mlp,
+    /// Its output is multiplied by a learned sigmoid gate.
+    pub gate: bool,
+}
