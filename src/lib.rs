@@ -4,6 +4,8 @@ pub mod build;
 pub mod element;
 pub mod error;
 pub mod graph;
+pub mod lower;
 pub mod onnx;
+pub mod opset;
 pub mod spec;
 pub mod weight;
