@@ -72,6 +72,11 @@ impl Target {
         parsed.as_ref().map(Vec::as_slice).map_err(Clone::clone)
     }
 
+    /// True if the target's version of an operator takes this attribute; newer versions take operands instead.
+    pub fn has_attribute(&self, domain: &str, op_type: &str, attribute: &str) -> bool {
+        schema_for(self, domain, op_type).is_ok_and(|schema| schema.attributes.contains_key(attribute))
+    }
+
     /// The forms of a composite operator to try, best first.
     pub fn forms(&self, composite: &str) -> Result<&[String]> {
         self.lowering.get(composite).map(Vec::as_slice).ok_or_else(|| {

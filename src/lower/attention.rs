@@ -26,7 +26,10 @@ impl Lowerer {
     /// padding is a bias: measured to be exact for left and right padding and through the cache.
     fn group_query_attention(&mut self, op: &AttentionOp, operands: Operands) -> Result<Form<Vec<ValueId>>> {
         if op.key_size != op.value_size {
-            return Ok(Form::Refused(format!("key heads of {} and value heads of {} differ", op.key_size, op.value_size)));
+            return Ok(Form::Refused(format!(
+                "key heads of {} and value heads of {} differ",
+                op.key_size, op.value_size
+            )));
         }
         if op.key_size % 8 != 0 {
             return Ok(Form::Refused(format!("head size {} is not a multiple of 8", op.key_size)));

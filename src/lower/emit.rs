@@ -7,7 +7,7 @@ use super::onnx_graph::{Attribute, Constant, Onnx, Operator};
 use crate::element::ElementType;
 use crate::error::{Code, Error, Result};
 use crate::graph::{Dim, Graph, Node, Shape, Source, Type, ValueId};
-use crate::opset::{AttributeKind, Call, Target};
+use crate::opset::{AttributeKind, Target};
 use crate::weight::Weight;
 
 /// Writes a graph of ONNX operators for one target.
@@ -80,7 +80,8 @@ impl Emitter {
             index += 1;
             id
         });
-        let mut outputs: Vec<Option<ValueId>> = ids.iter().zip(wanted).map(|(id, wanted)| id.filter(|_| wanted)).collect();
+        let mut outputs: Vec<Option<ValueId>> =
+            ids.iter().zip(wanted).map(|(id, wanted)| id.filter(|_| wanted)).collect();
         while outputs.last() == Some(&None) {
             outputs.pop();
         }
@@ -116,14 +117,7 @@ impl Emitter {
             Attribute::String(_) => AttributeKind::String,
         };
         let attributes: Vec<(&str, AttributeKind)> = op.attributes.iter().map(|(name, v)| (*name, kind(v))).collect();
-        let call = Call {
-            domain: op.domain,
-            op_type: op.op_type,
-            inputs: &inputs,
-            outputs: &outputs,
-            attributes: &attributes,
-        };
-        crate::opset::check(self.target, &call)
+        crate::opset::check(self.target, op.domain, op.op_type, &inputs, &outputs, &attributes)
     }
 
     fn unique(&mut self, op_type: &str) -> String {
@@ -195,24 +189,6 @@ impl Emitter {
         let id = self.graph.add_value(name.to_owned(), ty, Source::Literal(Constant::Weight(weight)));
         self.literals.insert(name.to_owned(), id);
         id
-    }
-
-    /// Sizes of a shape as a tensor `[n]`: constant where they are fixed, taken from `like`'s leading axes where not.
-    pub(super) fn shape_tensor(&mut self, shape: &Shape, like: ValueId) -> Result<ValueId> {
-        let source = self.shape(like).clone();
-        let copies = shape.iter().zip(&source).take_while(|(want, have)| want == have && want.value().is_none()).count();
-        let rest: Option<Vec<i64>> = shape.iter().skip(copies).map(Dim::value).collect();
-        match rest {
-            // 0 copies the axis of the same place.
-            Some(rest) => {
-                let mut sizes = vec![0; copies];
-                sizes.extend(rest);
-                Ok(self.ints(&sizes))
-            }
-            None => Err(Error::new(Code::NodeInvalid, &self.scope)
-                .found(format!("{} from {}", Type::new("", shape.clone()), Type::new("", source)))
-                .expected("a shape whose leading axes are the operand's")),
-        }
     }
 
     /// Reshapes `x`; open axes must be its leading ones, or one of them may follow from the rest.

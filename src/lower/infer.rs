@@ -53,6 +53,7 @@ pub(super) fn infer(op: &Operator, operands: &[Option<Operand>]) -> Result<Vec<I
         "Split" => split(op, x, get(1)?)?,
         "Slice" => slice(x, operands)?,
         "Gather" => gather(op, x, get(1)?)?,
+        "GatherND" => typed(x.ty.element, gather_nd(op, &x.ty.shape, &get(1)?.ty.shape)?),
         "GatherElements" => typed(x.ty.element, get(1)?.ty.shape.clone()),
         "Unsqueeze" => unsqueeze(x, get(1)?)?,
         "Shape" => {
@@ -63,7 +64,9 @@ pub(super) fn infer(op: &Operator, operands: &[Option<Operand>]) -> Result<Vec<I
             let (start, end) = (one(x)?, one(get(1)?)?);
             typed(x.ty.element, vec![&end + &(&start * &Dim::constant(-1))])
         }
-        "ReduceSum" | "ReduceMax" | "ReduceMean" => typed(x.ty.element, reduce(op, x, operands.get(1).copied().flatten())?),
+        "ReduceSum" | "ReduceMax" | "ReduceMean" => {
+            typed(x.ty.element, reduce(op, x, operands.get(1).copied().flatten())?)
+        }
         "TopK" => {
             let count = one(get(1)?)?;
             let shape = with_axis(&x.ty.shape, op.get_int("axis").unwrap_or(-1), count)?;
@@ -88,9 +91,28 @@ pub(super) fn infer(op: &Operator, operands: &[Option<Operand>]) -> Result<Vec<I
 
 /// Operators whose one result has the type of their first operand.
 const ELEMENTWISE: [&str; 22] = [
-    "Sigmoid", "Tanh", "Sqrt", "Cos", "Sin", "Exp", "Log", "Neg", "Relu", "Erf", "Reciprocal", "Identity", "Softmax",
-    "Gelu", "Not", "SimplifiedLayerNormalization", "RMSNormalization", "RotaryEmbedding", "MoE", "ScatterElements",
-    "Floor", "Abs",
+    "Sigmoid",
+    "Tanh",
+    "Sqrt",
+    "Cos",
+    "Sin",
+    "Exp",
+    "Log",
+    "Neg",
+    "Relu",
+    "Erf",
+    "Reciprocal",
+    "Identity",
+    "Softmax",
+    "Gelu",
+    "Not",
+    "SimplifiedLayerNormalization",
+    "RMSNormalization",
+    "RotaryEmbedding",
+    "MoE",
+    "ScatterElements",
+    "Floor",
+    "Abs",
 ];
 
 fn element_of(onnx: i64) -> Option<ElementType> {
@@ -264,6 +286,13 @@ fn gather(op: &Operator, x: Operand, indices: Operand) -> Result<Vec<Inferred>, 
         indices.iter().map(|i| axis_index(*i, known.len()).ok().and_then(|i| known.get(i).cloned())).collect()
     });
     Ok(vec![Inferred { ty: Type::new(x.ty.element, shape), contents }])
+}
+
+fn gather_nd(op: &Operator, shape: &Shape, indices: &Shape) -> Result<Shape, String> {
+    let batch = usize::try_from(op.get_int("batch_dims").unwrap_or(0)).map_err(|e| e.to_string())?;
+    let (depth, places) = indices.split_last().ok_or("indices without axes")?;
+    let depth = depth.value().and_then(|d| usize::try_from(d).ok()).ok_or("indices of open depth")?;
+    Ok(places.iter().chain(shape.iter().skip(batch + depth)).cloned().collect())
 }
 
 fn unsqueeze(x: Operand, axes: Operand) -> Result<Vec<Inferred>, String> {

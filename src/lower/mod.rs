@@ -33,7 +33,7 @@ pub enum Padding {
     /// Left, right and none, in one graph.
     #[default]
     Any,
-    /// Right and none: less work in each attention, rotation inside of it where it can be.
+    /// Right and none: less work in each attention.
     Right,
 }
 
@@ -46,8 +46,6 @@ pub struct Options {
     pub element: ElementType,
     /// Padding that must be exact.
     pub padding: Padding,
-    /// Positions that a table of rotations holds, where an operator wants a table.
-    pub max_length: usize,
 }
 
 /// An ONNX graph, and why it is not made of better operators.
@@ -85,7 +83,6 @@ pub fn lower(model: &Graph<Model>, options: &Options) -> Result<Lowered> {
         options: *options,
         values: HashMap::new(),
         shared: HashMap::new(),
-        static_ropes: HashMap::new(),
         notes: BTreeMap::new(),
     };
     for id in &model.inputs {
@@ -110,8 +107,6 @@ struct Lowerer {
     values: HashMap<ValueId, ValueId>,
     /// Values that many nodes share, such as masks, by what they are.
     shared: HashMap<String, ValueId>,
-    /// Rotations whose frequencies do not depend on the sequence's length, by the cosine's value.
-    static_ropes: HashMap<ValueId, crate::spec::Rope>,
     notes: BTreeMap<(String, String, String), Note>,
 }
 
@@ -194,8 +189,9 @@ impl Lowerer {
             }
             (Composite::Attention(op), operands) => return self.attention(op, operands),
             (Composite::LastToken, [x, mask]) => self.last_token(*x, *mask),
-            (op, operands) => Err(Error::new(Code::SpecInvalid, &node.name)
-                .found(format!("{} operands of {op}", operands.len()))),
+            (op, operands) => {
+                Err(Error::new(Code::SpecInvalid, &node.name).found(format!("{} operands of {op}", operands.len())))
+            }
         };
         Ok(vec![one?])
     }

@@ -34,11 +34,7 @@ pub(super) fn frequencies(rope: &Rope) -> Frequencies {
             let divided = |factors: &[f64]| {
                 inverse(rope, |i, frequency| frequency / f64::from(round(factors.get(i).copied().unwrap_or(1.0))))
             };
-            Frequencies::Switched {
-                limit: *original_context,
-                short: divided(short_factor),
-                long: divided(long_factor),
-            }
+            Frequencies::Switched { limit: *original_context, short: divided(short_factor), long: divided(long_factor) }
         }
         RopeScaling::Dynamic { factor, original_context } => Frequencies::Growing {
             limit: *original_context,
@@ -79,9 +75,8 @@ fn yarn(rope: &Rope) -> Vec<f32> {
     };
     let size = float(rope.size);
     // The pair that turns `rotations` times within the original context.
-    let pair = |rotations: f64| {
-        size * (float(original_context) / (rotations * 2.0 * PI)).ln() / (2.0 * rope.theta.ln())
-    };
+    let pair =
+        |rotations: f64| size * (float(original_context) / (rotations * 2.0 * PI)).ln() / (2.0 * rope.theta.ln());
     let (mut low, mut high) = (pair(beta_fast), pair(beta_slow));
     if truncate {
         (low, high) = (low.floor(), high.ceil());

@@ -1,0 +1,169 @@
+//! Expressions of templates: Jinja's, evaluated over a configuration, with unknown names as errors.
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, OnceLock};
+
+use minijinja::value::{Object, ObjectRepr};
+use minijinja::{Environment, UndefinedBehavior, Value};
+use serde_json::Value as Json;
+use toml::Value as Toml;
+
+use crate::error::{Code, Result};
+
+use super::template::Template;
+
+/// What names mean while a template is evaluated.
+///
+/// In order: `layer`, the template's `[let]`, the configuration, the template's `[defaults]`. A default stands
+/// for a key that is absent; a key that is `null` stays so.
+#[derive(Debug, Clone)]
+pub(super) struct Scope {
+    names: Arc<Names>,
+}
+
+#[derive(Debug)]
+struct Names {
+    template: Arc<Template>,
+    config: serde_json::Map<String, Json>,
+    layer: Option<usize>,
+}
+
+/// Definitions that refer to each other in a circle stop here.
+const DEPTH: usize = 24;
+
+thread_local! {
+    static NESTING: std::cell::Cell<usize> = const { std::cell::Cell::new(0) };
+}
+
+impl Scope {
+    pub(super) fn new(template: Arc<Template>, config: serde_json::Map<String, Json>) -> Self {
+        Self { names: Arc::new(Names { template, config, layer: None }) }
+    }
+
+    pub(super) fn template(&self) -> &Template {
+        &self.names.template
+    }
+
+    pub(super) fn at(&self, layer: usize) -> Self {
+        let Names { template, config, .. } = &*self.names;
+        let names = Names { template: template.clone(), config: config.clone(), layer: Some(layer) };
+        Self { names: Arc::new(names) }
+    }
+
+    /// A template's value with every expression replaced by what it comes to. `path` names it in errors.
+    pub(super) fn evaluate(&self, path: &str, value: &Toml) -> Result<Json> {
+        Ok(match value {
+            Toml::String(text) => match text.strip_prefix('=') {
+                Some(expression) => self.expression(path, expression)?,
+                None => Json::String(text.clone()),
+            },
+            Toml::Integer(number) => Json::from(*number),
+            Toml::Float(number) => Json::from(*number),
+            Toml::Boolean(flag) => Json::from(*flag),
+            Toml::Datetime(time) => Json::String(time.to_string()),
+            Toml::Array(items) => {
+                let items = items.iter().map(|item| self.evaluate(path, item));
+                Json::Array(items.collect::<Result<_>>()?)
+            }
+            Toml::Table(table) => {
+                let entries = table.iter().map(|(key, value)| {
+                    Ok((key.clone(), self.evaluate(&format!("{path}.{key}"), value)?))
+                });
+                Json::Object(entries.collect::<Result<_>>()?)
+            }
+        })
+    }
+
+    fn expression(&self, path: &str, expression: &str) -> Result<Json> {
+        let value = evaluate(expression, &self.names).map_err(|e| {
+            let code = match e.kind() {
+                minijinja::ErrorKind::UndefinedError => Code::ConfigMissingKey,
+                _ => Code::ExpressionFailed,
+            };
+            let missing = unknown(expression, &self.names);
+            let found = match missing.as_slice() {
+                [] => e.to_string(),
+                keys => format!("config.json has no {}", keys.join(", ")),
+            };
+            let layer = self.names.layer.map_or(String::new(), |layer| format!(" for layer {layer}"));
+            self.names
+                .template
+                .error(code, path)
+                .found(format!("{found} (in `={expression}`{layer})"))
+                .help("add the key to config.json, or a default for it to the template")
+        })?;
+        serde_json::to_value(&value).map_err(|e| {
+            self.names.template.error(Code::ExpressionFailed, path).found(format!("{value} ({e}) from `={expression}`"))
+        })
+    }
+}
+
+fn environment() -> &'static Environment<'static> {
+    static ENVIRONMENT: OnceLock<Environment<'static>> = OnceLock::new();
+    ENVIRONMENT.get_or_init(|| {
+        let mut environment = Environment::new();
+        environment.set_undefined_behavior(UndefinedBehavior::Strict);
+        environment.add_function("log", f64::ln);
+        environment
+    })
+}
+
+fn evaluate(expression: &str, names: &Arc<Names>) -> Result<Value, minijinja::Error> {
+    let compiled = environment().compile_expression(expression)?;
+    compiled.eval(Value::from_dyn_object(names.clone()))
+}
+
+/// Names in an expression that mean nothing.
+fn unknown(expression: &str, names: &Arc<Names>) -> Vec<String> {
+    let mentioned = mentions(expression);
+    let is_unknown = |name: &String| !name.contains('.') && names.get_value(&Value::from(name.as_str())).is_none();
+    mentioned.into_iter().filter(is_unknown).collect()
+}
+
+/// Names that an expression mentions, with the attributes it takes of them: `rope_scaling.factor`.
+pub(super) fn mentions(expression: &str) -> BTreeSet<String> {
+    let Ok(compiled) = environment().compile_expression(expression) else {
+        return BTreeSet::new();
+    };
+    let mut names: BTreeSet<String> = compiled.undeclared_variables(false).into_iter().collect();
+    names.extend(compiled.undeclared_variables(true));
+    names
+}
+
+impl Object for Names {
+    fn repr(self: &Arc<Self>) -> ObjectRepr {
+        ObjectRepr::Map
+    }
+
+    fn get_value(self: &Arc<Self>, key: &Value) -> Option<Value> {
+        let key = key.as_str()?;
+        if key == "layer" {
+            return self.layer.map(Value::from);
+        }
+        let table = |name: &str| self.template.table(name).and_then(|table| table.get(key));
+        if let Some(definition) = table("let") {
+            return Some(self.definition(definition));
+        }
+        if let Some(value) = self.config.get(key) {
+            return Some(Value::from_serialize(value));
+        }
+        table("defaults").map(|default| self.definition(default))
+    }
+}
+
+impl Names {
+    fn definition(self: &Arc<Self>, value: &Toml) -> Value {
+        let Some(expression) = value.as_str().and_then(|text| text.strip_prefix('=')) else {
+            return Value::from_serialize(value);
+        };
+        let depth = NESTING.get();
+        if depth >= DEPTH {
+            let circle = minijinja::Error::new(minijinja::ErrorKind::InvalidOperation, "definitions form a circle");
+            return Value::from(circle);
+        }
+        NESTING.set(depth + 1);
+        let value = evaluate(expression, self);
+        NESTING.set(depth);
+        value.unwrap_or_else(Value::from)
+    }
+}

@@ -1,0 +1,220 @@
+//! Rotary position embedding in configurations: every spelling becomes one.
+//!
+//! transformers 4 wrote `rope_theta` and `rope_scaling`, transformers 5 writes `rope_parameters`, flat or by
+//! layer type. Templates see the latter, as the name `rope`. Defaults of the parameters are those of
+//! `transformers.modeling_rope_utils`.
+
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+use crate::error::{Code, Error, Result};
+use crate::spec::{Rope, RopeLayout, RopeScaling};
+
+/// Keys of a configuration that the normaliser accounts for.
+pub(super) const KEYS: [&str; 4] = ["rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"];
+
+/// A configuration's RoPE parameters in the one form: an object with `rope_type` and `rope_theta`, or an object
+/// of such objects by layer type. `None` if the configuration does not speak of RoPE.
+pub(super) fn normalise(config: &Map<String, Value>, default_theta: Option<&Value>) -> Option<Value> {
+    let given = |key: &str| config.get(key).filter(|value| !value.is_null());
+    let theta = given("rope_theta").or(default_theta);
+    let partial = given("partial_rotary_factor");
+    let base = given("rope_parameters").or_else(|| given("rope_scaling")).and_then(Value::as_object);
+    if base.is_none() && theta.is_none() {
+        return None;
+    }
+    let base = base.cloned().unwrap_or_default();
+    let nested = !base.is_empty() && base.values().all(|value| value.is_object() || value.is_null());
+    let complete = |mut parameters: Map<String, Value>| {
+        let old_name = parameters.remove("type");
+        let kind = parameters.entry("rope_type").or_insert_with(|| old_name.unwrap_or_else(|| "default".into()));
+        // The first name of longrope, in Phi-3's first files.
+        if kind == "su" {
+            *kind = "longrope".into();
+        }
+        let scaled = matches!(kind.as_str(), Some("llama3" | "yarn" | "longrope"));
+        for (key, value) in [("rope_theta", theta), ("partial_rotary_factor", partial)] {
+            if let (Some(value), false) = (value, parameters.contains_key(key)) {
+                parameters.insert(key.to_owned(), value.clone());
+            }
+        }
+        // Of the original lengths, the one beside the parameters wins, as in transformers.
+        let outer = given("original_max_position_embeddings").filter(|_| scaled && !nested);
+        let inner = parameters.get("original_max_position_embeddings").filter(|value| !value.is_null());
+        let fallback = given("max_position_embeddings").filter(|_| scaled);
+        if let Some(original) = outer.or(inner).or(fallback).cloned() {
+            parameters.insert("original_max_position_embeddings".to_owned(), original);
+        }
+        Value::Object(parameters)
+    };
+    if !nested {
+        return Some(complete(base));
+    }
+    let by_type = base.into_iter().map(|(layer_type, value)| match value {
+        Value::Object(parameters) => (layer_type, complete(parameters)),
+        other => (layer_type, other),
+    });
+    Some(Value::Object(by_type.collect()))
+}
+
+/// The normalised parameters of one layer.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Parameters {
+    rope_type: String,
+    rope_theta: f64,
+    partial_rotary_factor: Option<f64>,
+    factor: Option<f64>,
+    original_max_position_embeddings: Option<usize>,
+    attention_factor: Option<f64>,
+    beta_fast: Option<f64>,
+    beta_slow: Option<f64>,
+    truncate: Option<bool>,
+    mscale: Option<f64>,
+    mscale_all_dim: Option<f64>,
+    low_freq_factor: Option<f64>,
+    high_freq_factor: Option<f64>,
+    short_factor: Option<Vec<f64>>,
+    long_factor: Option<Vec<f64>>,
+}
+
+/// The embedding that normalised parameters describe, for heads whose rotated part is `size` before
+/// `partial_rotary_factor`.
+pub(super) fn rope(layout: RopeLayout, size: usize, parameters: &Value, context: usize) -> Result<Rope> {
+    let subject = || Error::new(Code::ConfigInvalid, "config.json: rope_parameters");
+    let p: Parameters = serde_json::from_value(parameters.clone())
+        .map_err(|e| subject().found(e).help("parameters that mean nothing to the rope_type must be removed"))?;
+    let size = match p.partial_rotary_factor {
+        Some(part) => truncated(size, part),
+        None => size,
+    };
+    if size < 2 || size % 2 != 0 {
+        return Err(subject().found(format!("{size} rotated elements")).expected("an even number from 2 up"));
+    }
+    let required = |name: &str, value: Option<f64>| {
+        value.ok_or_else(|| subject().found(format!("no {name} for rope_type {}", p.rope_type)))
+    };
+    let original_context = p.original_max_position_embeddings.unwrap_or(context);
+    let mut attention_factor = 1.0;
+    let scaling = match p.rope_type.as_str() {
+        "default" | "mrope" => RopeScaling::Default,
+        "linear" => RopeScaling::Linear { factor: required("factor", p.factor)? },
+        "dynamic" => RopeScaling::Dynamic { factor: required("factor", p.factor)?, original_context: context },
+        "llama3" => RopeScaling::Llama3 {
+            factor: required("factor", p.factor)?,
+            low_freq_factor: required("low_freq_factor", p.low_freq_factor)?,
+            high_freq_factor: required("high_freq_factor", p.high_freq_factor)?,
+            original_context,
+        },
+        "yarn" => {
+            let factor = p.factor.unwrap_or_else(|| ratio(context, original_context));
+            attention_factor = p.attention_factor.unwrap_or_else(|| yarn_attention(factor, p.mscale, p.mscale_all_dim));
+            // transformers reads a beta of zero as absent.
+            let beta = |value: Option<f64>, default| value.filter(|beta| *beta != 0.0).unwrap_or(default);
+            RopeScaling::Yarn {
+                factor,
+                beta_fast: beta(p.beta_fast, 32.0),
+                beta_slow: beta(p.beta_slow, 1.0),
+                truncate: p.truncate.unwrap_or(true),
+                original_context,
+            }
+        }
+        "longrope" => {
+            let factor = p.factor.unwrap_or_else(|| ratio(context, original_context));
+            attention_factor = p.attention_factor.unwrap_or_else(|| longrope_attention(factor, original_context));
+            let list = |name: &str, list: Option<Vec<f64>>| {
+                let list = list.ok_or_else(|| subject().found(format!("no {name} for rope_type longrope")))?;
+                if list.len() == size / 2 {
+                    return Ok(list);
+                }
+                Err(subject().found(format!("{} numbers in {name}", list.len())).expected(size / 2))
+            };
+            RopeScaling::Longrope {
+                short_factor: list("short_factor", p.short_factor)?,
+                long_factor: list("long_factor", p.long_factor)?,
+                original_context,
+            }
+        }
+        other => {
+            return Err(subject()
+                .found(format!("rope_type {other:?}"))
+                .expected("default, linear, dynamic, llama3, yarn or longrope"));
+        }
+    };
+    Ok(Rope { layout, size, theta: p.rope_theta, scaling, attention_factor })
+}
+
+/// `int(size * part)` of Python.
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss, reason = "small sizes")]
+fn truncated(size: usize, part: f64) -> usize {
+    (size as f64 * part.clamp(0.0, 1.0)) as usize
+}
+
+#[expect(clippy::cast_precision_loss, reason = "lengths are far below 2^52")]
+fn ratio(context: usize, original: usize) -> f64 {
+    context as f64 / original.max(1) as f64
+}
+
+/// `0.1 · mscale · ln(factor) + 1`, over the same for `mscale_all_dim` where both are given.
+fn yarn_attention(factor: f64, mscale: Option<f64>, all_dim: Option<f64>) -> f64 {
+    let get = |mscale: f64| if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 };
+    match (mscale.filter(|m| *m != 0.0), all_dim.filter(|m| *m != 0.0)) {
+        (Some(mscale), Some(all_dim)) => get(mscale) / get(all_dim),
+        _ => get(1.0),
+    }
+}
+
+/// `sqrt(1 + ln(factor) / ln(original))`
+#[expect(clippy::cast_precision_loss, reason = "lengths are far below 2^52")]
+fn longrope_attention(factor: f64, original: usize) -> f64 {
+    if factor <= 1.0 { 1.0 } else { (1.0 + factor.ln() / (original as f64).ln()).sqrt() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn normalised(config: &Value) -> Value {
+        normalise(config.as_object().expect("an object"), Some(&json!(10000.0))).expect("parameters")
+    }
+
+    #[test]
+    fn both_spellings_become_one() {
+        let old = json!({"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}});
+        let new = json!({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}});
+        let expected = json!({"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5});
+        assert_eq!(normalised(&old), expected);
+        assert_eq!(normalised(&new), expected);
+        assert_eq!(normalised(&json!({"rope_scaling": null})), json!({"rope_type": "default", "rope_theta": 10000.0}));
+    }
+
+    #[test]
+    fn by_layer_type() {
+        let config = json!({"rope_parameters": {
+            "full_attention": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_theta": 1e4},
+        }, "max_position_embeddings": 64});
+        let rope = normalised(&config);
+        assert_eq!(rope["sliding_attention"], json!({"rope_theta": 1e4, "rope_type": "default"}));
+        assert_eq!(rope["full_attention"]["original_max_position_embeddings"], json!(64));
+    }
+
+    #[test]
+    fn unknown_types_and_parameters_are_errors() {
+        let rope_of = |value: Value| rope(RopeLayout::Half, 16, &value, 128);
+        let odd = rope_of(json!({"rope_type": "spiral", "rope_theta": 1e4})).expect_err("an unknown type");
+        assert!(odd.to_string().contains("spiral"), "{odd}");
+        let odd = rope_of(json!({"rope_type": "default", "rope_theta": 1e4, "twist": 3})).expect_err("a stray key");
+        assert!(odd.to_string().contains("twist"), "{odd}");
+        let odd = rope_of(json!({"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0], "long_factor": [1.0]}));
+        assert!(odd.expect_err("too few").to_string().contains("short_factor"));
+    }
+
+    #[test]
+    fn attention_factors() {
+        approx::assert_relative_eq!(yarn_attention(4.0, None, None), 0.1 * 4.0_f64.ln() + 1.0);
+        approx::assert_relative_eq!(yarn_attention(4.0, Some(0.7), Some(0.7)), 1.0);
+        approx::assert_relative_eq!(yarn_attention(0.5, None, None), 1.0);
+    }
+}
