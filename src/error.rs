@@ -11,6 +11,8 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 pub enum Code {
     /// A file or directory could not be read or written.
     Io,
+    /// A file name or link that leads out of the repository.
+    PathUnsafe,
     /// The repository has no `config.json`.
     ConfigMissing,
     /// A JSON file does not parse, or is not of the form that it should have.
@@ -66,6 +68,7 @@ impl Code {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Io => "io",
+            Self::PathUnsafe => "path-unsafe",
             Self::ConfigMissing => "config-missing",
             Self::ConfigInvalid => "config-invalid",
             Self::ConfigUnusedKey => "config-unused-key",

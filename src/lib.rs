@@ -7,5 +7,6 @@ pub mod graph;
 pub mod lower;
 pub mod onnx;
 pub mod opset;
+pub mod read;
 pub mod spec;
 pub mod weight;
