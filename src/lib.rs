@@ -10,3 +10,4 @@ pub mod opset;
 pub mod read;
 pub mod spec;
 pub mod weight;
+pub mod write;
