@@ -53,11 +53,17 @@ impl Checkpoint {
     /// `model.safetensors.index.json` names, else every other safetensors file in it.
     pub fn open(dir: &Path) -> Result<Self> {
         let Weights { names, index } = locate(dir)?;
-        let mut checkpoint = Self { files: Vec::new(), maps: Vec::new(), tensors: Vec::new() };
+        let mut checkpoint = Self {
+            files: Vec::new(),
+            maps: Vec::new(),
+            tensors: Vec::new(),
+        };
         for name in names {
             checkpoint.add_file(dir, name)?;
         }
-        checkpoint.tensors.sort_by(|a, b| (&a.name, a.file).cmp(&(&b.name, b.file)));
+        checkpoint
+            .tensors
+            .sort_by(|a, b| (&a.name, a.file).cmp(&(&b.name, b.file)));
         if let Some(index) = index {
             checkpoint.compare(&index)?;
         }
@@ -72,7 +78,10 @@ impl Checkpoint {
 
     /// The tensor of this name.
     pub fn get(&self, name: &str) -> Option<&TensorInfo> {
-        let at = self.tensors.binary_search_by(|tensor| tensor.name.as_str().cmp(name)).ok()?;
+        let at = self
+            .tensors
+            .binary_search_by(|tensor| tensor.name.as_str().cmp(name))
+            .ok()?;
         self.tensors.get(at)
     }
 
@@ -85,7 +94,8 @@ impl Checkpoint {
     /// file is no longer what it was when the checkpoint was opened.
     pub fn bytes(&self, tensor: &TensorInfo) -> Result<&[u8]> {
         let map = self.maps.get(tensor.file).ok_or_else(|| {
-            Error::new(Code::TensorMissing, quoted(&tensor.name)).found("a tensor of another checkpoint")
+            Error::new(Code::TensorMissing, quoted(&tensor.name))
+                .found("a tensor of another checkpoint")
         })?;
         map.slice(tensor.offset, tensor.length)
     }
@@ -113,11 +123,28 @@ impl Checkpoint {
         let index = self.files.len();
         let entries = read_header(std::io::BufReader::new(file), metadata.len(), &shown)?;
         self.tensors.extend(entries.into_iter().map(|entry| {
-            let Entry { name, dtype, shape, offset, length } = entry;
-            TensorInfo { name, dtype, shape, file: index, offset, length }
+            let Entry {
+                name,
+                dtype,
+                shape,
+                offset,
+                length,
+            } = entry;
+            TensorInfo {
+                name,
+                dtype,
+                shape,
+                file: index,
+                offset,
+                length,
+            }
         }));
         self.maps.push(LazyMap::new(&path, &metadata));
-        self.files.push(ShardFile { name, path, size: metadata.len() });
+        self.files.push(ShardFile {
+            name,
+            path,
+            size: metadata.len(),
+        });
         Ok(())
     }
 

@@ -57,7 +57,10 @@ stored_types! {
 impl StoredType {
     /// The type with this name in a safetensors header.
     pub fn parse(name: &str) -> Option<Self> {
-        Self::ALL.iter().copied().find(|dtype| dtype.as_str() == name)
+        Self::ALL
+            .iter()
+            .copied()
+            .find(|dtype| dtype.as_str() == name)
     }
 
     /// The element type that graphs know it by; none for types that have to be decoded first.
@@ -88,7 +91,7 @@ impl StoredType {
         if shape.contains(&0) {
             return Some(0);
         }
-        (widest % 8 == 0).then_some(widest / 8)
+        widest.is_multiple_of(8).then_some(widest / 8)
     }
 }
 

@@ -48,6 +48,8 @@ pub struct ConsumerFiles {
     pub written: Vec<String>,
     /// Those of the tokenizer among them. None: the repository has no tokenizer, and consumers need one.
     pub tokenizer: Vec<String>,
+    /// What a person should know before using the directory, a sentence each.
+    pub notes: Vec<String>,
 }
 
 /// Writes `config.json`, `generation_config.json`, `genai_config.json` and the tokenizer's files.
@@ -57,19 +59,40 @@ pub fn write_consumer_files(
     directory: &Path,
 ) -> Result<ConsumerFiles> {
     let write = |name: &str, value: &Value| write_json(&directory.join(name), value);
-    write("config.json", &Value::Object(config(&repository.config, signature)))?;
+    write(
+        "config.json",
+        &Value::Object(config(&repository.config, signature)),
+    )?;
     if repository.generation_config.is_some() {
         copy_generation_config(repository, directory)?;
     } else {
-        write("generation_config.json", &generation_config(&repository.config))?;
+        write(
+            "generation_config.json",
+            &generation_config(&repository.config),
+        )?;
     }
-    write("genai_config.json", &genai_config(repository, signature)?)?;
+    let genai = genai_config(repository, signature)?;
+    write("genai_config.json", &genai)?;
     let tokenizer = copy_tokenizer(&repository.dir, directory)?;
-    let mut written: Vec<String> =
-        ["config.json", "generation_config.json", "genai_config.json"].map(str::to_owned).into();
+    let mut written: Vec<String> = ["config.json", "generation_config.json", "genai_config.json"]
+        .map(str::to_owned)
+        .into();
     written.extend(tokenizer.iter().cloned());
     written.sort();
-    Ok(ConsumerFiles { written, tokenizer })
+    let mut notes = Vec::new();
+    if tokenizer.is_empty() {
+        notes.push(
+            "the repository has no tokenizer: consumers need its files beside the model".into(),
+        );
+    }
+    if genai.pointer("/model/eos_token_id").is_none() {
+        notes.push("no eos_token_id is known: onnxruntime-genai will stop at token 0".into());
+    }
+    Ok(ConsumerFiles {
+        written,
+        tokenizer,
+        notes,
+    })
 }
 
 /// The source's configuration with what transformers.js has to know. What it says of the files of
@@ -98,13 +121,17 @@ fn config(source: &Map<String, Value>, signature: &Signature) -> Map<String, Val
         _ => Map::new(),
     };
     let file = signature.onnx_file.rsplit('/').next().unwrap_or_default();
-    data.insert(file.into(), signature.data_files.into());
-    options.insert("use_external_data_format".into(), data.into());
+    if signature.data_files > 0 {
+        data.insert(file.into(), signature.data_files.into());
+    }
+    if !data.is_empty() {
+        options.insert("use_external_data_format".into(), data.into());
+    }
     config.insert("transformers.js_config".into(), options.into());
     config
 }
 
-/// What transformers derives from a configuration when there is no generation_config.json.
+/// What transformers derives from a configuration when there is no `generation_config.json`.
 fn generation_config(config: &Map<String, Value>) -> Value {
     let mut generation = Map::new();
     generation.insert("_from_model_config".into(), true.into());

@@ -11,8 +11,7 @@ use crate::read::Repository;
 
 /// The whole file. `type` is "decoder", which stands for every architecture that genai has no name for.
 pub(crate) fn genai_config(repository: &Repository, signature: &Signature) -> Result<Value> {
-    let mut model = Map::new();
-    token_ids(repository, &mut model);
+    let mut model = token_ids(repository, signature.vocab_size);
     model.insert("context_length".into(), signature.context_length.into());
     model.insert("decoder".into(), decoder(signature));
     model.insert("type".into(), "decoder".into());
@@ -50,12 +49,20 @@ fn decoder(signature: &Signature) -> Value {
 }
 
 /// The ids with the fallbacks of genai's own builder: beginning 1, padding the first end.
-fn token_ids(repository: &Repository, model: &mut Map<String, Value>) {
-    let beginning = ids(repository, "bos_token_id").first().copied().unwrap_or(1);
-    let mut ends = ids(repository, "eos_token_id");
-    let padding = ids(repository, "pad_token_id").first().or(ends.first()).copied();
+fn token_ids(repository: &Repository, vocab_size: usize) -> Map<String, Value> {
+    let mut model = Map::new();
+    let beginning = ids(repository, "bos_token_id", vocab_size)
+        .first()
+        .copied()
+        .unwrap_or(1);
+    let mut ends = ids(repository, "eos_token_id", vocab_size);
+    let padding = ids(repository, "pad_token_id", vocab_size)
+        .first()
+        .or(ends.first())
+        .copied();
     // A chat model's turn ends with the tokenizer's token, which the configurations may not name.
     if let Some(turn_end) = special_token(&repository.dir, "eos_token")
+        && is_token(turn_end, vocab_size)
         && !ends.contains(&turn_end)
     {
         ends.insert(0, turn_end);
@@ -69,26 +76,44 @@ fn token_ids(repository: &Repository, model: &mut Map<String, Value>) {
     if let Some(padding) = padding {
         model.insert("pad_token_id".into(), padding.into());
     }
+    model
 }
 
-/// Token ids under this key: of generation_config.json, else config.json, else the tokenizer.
-fn ids(repository: &Repository, key: &str) -> Vec<i64> {
+/// Genai refuses ids outside of the vocabulary. Some old repositories say -1 where there is none, or
+/// name a padding token behind the last row of the embedding.
+fn is_token(id: i64, vocab_size: usize) -> bool {
+    usize::try_from(id).is_ok_and(|id| id < vocab_size)
+}
+
+/// Token ids under this key: of `generation_config.json`, else `config.json`, else the tokenizer.
+fn ids(repository: &Repository, key: &str, vocab_size: usize) -> Vec<i64> {
     let read = |config: &Map<String, Value>| -> Vec<i64> {
         let values = match config.get(key) {
             Some(Value::Array(values)) => values.as_slice(),
             Some(value) => std::slice::from_ref(value),
             None => &[],
         };
-        // A negative id is how some old repositories say that there is none.
-        values.iter().filter_map(Value::as_i64).filter(|id| *id >= 0).collect()
+        values
+            .iter()
+            .filter_map(Value::as_i64)
+            .filter(|id| is_token(*id, vocab_size))
+            .collect()
     };
-    let of_generation = repository.generation_config.as_ref().map(read).unwrap_or_default();
+    let of_generation = repository
+        .generation_config
+        .as_ref()
+        .map(read)
+        .unwrap_or_default();
     for found in [of_generation, read(&repository.config)] {
         if !found.is_empty() {
             return found;
         }
     }
-    special_token(&repository.dir, key.trim_end_matches("_id")).into_iter().collect()
+    let special = special_token(&repository.dir, key.trim_end_matches("_id"));
+    special
+        .into_iter()
+        .filter(|id| is_token(*id, vocab_size))
+        .collect()
 }
 
 fn search(repository: &Repository, signature: &Signature) -> Result<Value> {
@@ -111,15 +136,21 @@ fn search(repository: &Repository, signature: &Signature) -> Result<Value> {
     }))
 }
 
-/// A setting of generation_config.json, else of config.json (where old repositories have them), else
+/// A setting of `generation_config.json`, else of `config.json` (where old repositories have them), else
 /// the default. Null means unset; a value of another kind than the default is an error.
 fn setting(repository: &Repository, key: &str, default: Value) -> Result<Value> {
     let configs = [
-        ("generation_config.json", repository.generation_config.as_ref()),
+        (
+            "generation_config.json",
+            repository.generation_config.as_ref(),
+        ),
         ("config.json", Some(&repository.config)),
     ];
     for (file, config) in configs {
-        let Some(value) = config.and_then(|config| config.get(key)).filter(|value| !value.is_null()) else {
+        let Some(value) = config
+            .and_then(|config| config.get(key))
+            .filter(|value| !value.is_null())
+        else {
             continue;
         };
         let fits = match &default {
@@ -136,8 +167,11 @@ fn setting(repository: &Repository, key: &str, default: Value) -> Result<Value> 
 }
 
 fn wrong_kind(file: &Path, key: &str, value: &Value, default: &Value) -> Error {
-    Error::new(Code::ConfigInvalid, format!("{}: key `{key}`", file.display()))
-        .found(value)
-        .expected(format!("a value such as {default}"))
-        .help("correct the file")
+    Error::new(
+        Code::ConfigInvalid,
+        format!("{}: key `{key}`", file.display()),
+    )
+    .found(value)
+    .expected(format!("a value such as {default}"))
+    .help("correct the file")
 }
