@@ -1,6 +1,9 @@
 //! hf2onnx
 
+pub mod bind;
 pub mod build;
+pub mod compile;
+pub mod describe;
 pub mod element;
 pub mod error;
 pub mod graph;

@@ -1,10 +1,5 @@
 //! Broken and hostile repositories: each has its error, which names the file and the tensor.
-#![allow(
-    clippy::unwrap_used,
-    clippy::panic,
-    clippy::indexing_slicing,
-    clippy::cast_possible_truncation
-)]
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, clippy::cast_possible_truncation)]
 
 use std::fs;
 use std::path::Path;
@@ -35,10 +30,7 @@ fn header(tensors: &[String]) -> String {
 }
 
 fn good() -> Vec<u8> {
-    let tensors = [
-        tensor("b", "F32", "[2]", 0, 8),
-        tensor("a.weight", "BF16", "[1,3]", 8, 14),
-    ];
+    let tensors = [tensor("b", "F32", "[2]", 0, 8), tensor("a.weight", "BF16", "[1,3]", 8, 14)];
     file(&header(&tensors), 14)
 }
 
@@ -74,16 +66,10 @@ fn refused_file(bytes: &[u8], words: &[&str]) {
 fn a_good_file() {
     let dir = dir(&[("model.safetensors", &good())]);
     let checkpoint = Checkpoint::open(dir.path()).unwrap();
-    let names: Vec<_> = checkpoint
-        .tensors()
-        .map(|tensor| tensor.name.as_str())
-        .collect();
+    let names: Vec<_> = checkpoint.tensors().map(|tensor| tensor.name.as_str()).collect();
     assert_eq!(names, ["a.weight", "b"]);
     let tensor = checkpoint.get("a.weight").unwrap();
-    assert_eq!(
-        (tensor.dtype, tensor.shape.as_slice()),
-        (StoredType::BF16, &[1, 3][..])
-    );
+    assert_eq!((tensor.dtype, tensor.shape.as_slice()), (StoredType::BF16, &[1, 3][..]));
     assert_eq!(checkpoint.bytes(tensor).unwrap(), [8, 9, 10, 11, 12, 13]);
     checkpoint.release(tensor);
     assert_eq!(checkpoint.bytes(tensor).unwrap(), [8, 9, 10, 11, 12, 13]);
@@ -100,17 +86,8 @@ fn an_empty_tensor_and_metadata() {
     ];
     let dir = dir(&[("model.safetensors", &file(&(header(&tensors) + "   "), 4))]);
     let checkpoint = Checkpoint::open(dir.path()).unwrap();
-    assert_eq!(
-        checkpoint.bytes(checkpoint.get("z").unwrap()).unwrap(),
-        [0_u8; 0]
-    );
-    assert_eq!(
-        checkpoint
-            .bytes(checkpoint.get("s").unwrap())
-            .unwrap()
-            .len(),
-        4
-    );
+    assert_eq!(checkpoint.bytes(checkpoint.get("z").unwrap()).unwrap(), [0_u8; 0]);
+    assert_eq!(checkpoint.bytes(checkpoint.get("s").unwrap()).unwrap().len(), 4);
 }
 
 #[test]
@@ -125,119 +102,35 @@ fn headers_that_lie() {
     for (bytes, words) in [
         (vec![], vec!["0 bytes", "cut short"]),
         (vec![1, 2, 3], vec!["3 bytes"]),
-        (
-            raw_file(b"{}", 3, 0),
-            vec!["header of 3 bytes", "cut short"],
-        ),
-        (
-            raw_file(b"{}", u64::MAX, 0),
-            vec!["18446744073709551615", "100000000"],
-        ),
+        (raw_file(b"{}", 3, 0), vec!["header of 3 bytes", "cut short"]),
+        (raw_file(b"{}", u64::MAX, 0), vec!["18446744073709551615", "100000000"]),
         (raw_file(b"{}", 100_000_001, 0), vec!["100000001"]),
         (raw_file(b"{\xff}", 3, 0), vec!["UTF-8"]),
         (file("[]", 0), vec!["does not start with `{`"]),
         (file("{\"w\":", 0), vec!["line 1 column 5"]),
         (file("{} x", 0), vec!["trailing"]),
-        (
-            file(&("{\"w\":".to_owned() + &"[".repeat(100_000)), 0),
-            vec!["`w`"],
-        ),
-        (
-            file(r#"{"w":{"dtype":"F32","shape":[1]}}"#, 4),
-            vec!["`w`", "data_offsets"],
-        ),
-        (
-            file(
-                r#"{"w":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}"#,
-                4,
-            ),
-            vec!["`w`", "-1"],
-        ),
-        (
-            file(
-                r#"{"w":{"dtype":"F32","shape":[1],"data_offsets":[-4,0]}}"#,
-                4,
-            ),
-            vec!["`w`", "-4"],
-        ),
-        (
-            file(
-                r#"{"w":{"dtype":"F32","shape":[1.5],"data_offsets":[0,4]}}"#,
-                4,
-            ),
-            vec!["`w`", "1.5"],
-        ),
-        (
-            file(
-                r#"{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4],"x":1}}"#,
-                4,
-            ),
-            vec!["`w`", "`x`"],
-        ),
-        (
-            file(&one("F31", "[1]", 0, 4), 4),
-            vec!["`w`", "dtype `F31`", "BF16"],
-        ),
-        (
-            file(&one("F32", "[2]", 0, 4), 4),
-            vec!["`w`", "4 bytes", "8 bytes", "[2]"],
-        ),
-        (
-            file(&one("F4", "[3]", 0, 1), 1),
-            vec!["`w`", "[3]", "whole bytes"],
-        ),
+        (file(&("{\"w\":".to_owned() + &"[".repeat(100_000)), 0), vec!["`w`"]),
+        (file(r#"{"w":{"dtype":"F32","shape":[1]}}"#, 4), vec!["`w`", "data_offsets"]),
+        (file(r#"{"w":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}"#, 4), vec!["`w`", "-1"]),
+        (file(r#"{"w":{"dtype":"F32","shape":[1],"data_offsets":[-4,0]}}"#, 4), vec!["`w`", "-4"]),
+        (file(r#"{"w":{"dtype":"F32","shape":[1.5],"data_offsets":[0,4]}}"#, 4), vec!["`w`", "1.5"]),
+        (file(r#"{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4],"x":1}}"#, 4), vec!["`w`", "`x`"]),
+        (file(&one("F31", "[1]", 0, 4), 4), vec!["`w`", "dtype `F31`", "BF16"]),
+        (file(&one("F32", "[2]", 0, 4), 4), vec!["`w`", "4 bytes", "8 bytes", "[2]"]),
+        (file(&one("F4", "[3]", 0, 1), 1), vec!["`w`", "[3]", "whole bytes"]),
         (file(&one("F32", "[1]", 8, 4), 8), vec!["`w`", "[8, 4]"]),
-        (
-            file(&one("F32", "[2]", 0, 8), 4),
-            vec!["`w`", "4 bytes of data", "cut short"],
-        ),
-        (
-            file(&one("F32", "[1]", 0, 4), 5),
-            vec!["1 bytes behind the last"],
-        ),
-        (
-            file(&one("F32", "[1]", 1, 5), 5),
-            vec!["`w`", "gap", "the header"],
-        ),
-        (
-            file(&one("F32", "[4294967296,4294967296]", 0, 4), 4),
-            vec!["`w`", "4294967296"],
-        ),
-        (
-            file(&one("F32", "[0,18446744073709551615,2]", 0, 0), 0),
-            vec!["`w`", "18446744073709551615"],
-        ),
-        (
-            file(&one("U8", &format!("[{}1]", "1,".repeat(80)), 0, 1), 1),
-            vec!["`w`", "64 dimensions"],
-        ),
-        (
-            file(&one("U8", "[18446744073709551615]", 0, u64::MAX), 8),
-            vec!["`w`"],
-        ),
-        (
-            file(&two((0, 4), (3, 6)), 6),
-            vec!["`w`", "overlaps", "`v`"],
-        ),
+        (file(&one("F32", "[2]", 0, 8), 4), vec!["`w`", "4 bytes of data", "cut short"]),
+        (file(&one("F32", "[1]", 0, 4), 5), vec!["1 bytes behind the last"]),
+        (file(&one("F32", "[1]", 1, 5), 5), vec!["`w`", "gap", "the header"]),
+        (file(&one("F32", "[4294967296,4294967296]", 0, 4), 4), vec!["`w`", "4294967296"]),
+        (file(&one("F32", "[0,18446744073709551615,2]", 0, 0), 0), vec!["`w`", "18446744073709551615"]),
+        (file(&one("U8", &format!("[{}1]", "1,".repeat(80)), 0, 1), 1), vec!["`w`", "64 dimensions"]),
+        (file(&one("U8", "[18446744073709551615]", 0, u64::MAX), 8), vec!["`w`"]),
+        (file(&two((0, 4), (3, 6)), 6), vec!["`w`", "overlaps", "`v`"]),
         (file(&two((0, 4), (5, 6)), 6), vec!["`w`", "gap", "`v`"]),
-        (
-            file(
-                &header(&[
-                    tensor("w", "U8", "[1]", 0, 1),
-                    tensor("w", "U8", "[1]", 1, 2),
-                ]),
-                2,
-            ),
-            vec!["`w`", "twice"],
-        ),
-        (
-            file(&format!("{{\"{}\":0}}", "n".repeat(5000)), 0),
-            vec!["4096"],
-        ),
-        (
-            b"version https://git-lfs.github.com/spec/v1\noid".to_vec(),
-            vec!["Git LFS", "git lfs pull"],
-        ),
+        (file(&header(&[tensor("w", "U8", "[1]", 0, 1), tensor("w", "U8", "[1]", 1, 2)]), 2), vec!["`w`", "twice"]),
+        (file(&format!("{{\"{}\":0}}", "n".repeat(5000)), 0), vec!["4096"]),
+        (b"version https://git-lfs.github.com/spec/v1\noid".to_vec(), vec!["Git LFS", "git lfs pull"]),
         (b"PK\x03\x04 and so on".to_vec(), vec!["zip"]),
         (b"<!DOCTYPE html><html>".to_vec(), vec!["HTML"]),
     ] {
@@ -247,10 +140,7 @@ fn headers_that_lie() {
 
 #[test]
 fn control_characters_of_names_are_not_printed() {
-    refused_file(
-        &file(&header(&[tensor("\\u001b[31m", "F31", "[]", 0, 0)]), 0),
-        &["\\u{1b}[31m"],
-    );
+    refused_file(&file(&header(&[tensor("\\u001b[31m", "F31", "[]", 0, 0)]), 0), &["\\u{1b}[31m"]);
 }
 
 #[test]
@@ -268,17 +158,9 @@ fn a_file_that_changes_after_opening() {
     let tensor = checkpoint.get("b").unwrap();
     checkpoint.bytes(tensor).unwrap();
     fs::write(dir.path().join("model.safetensors"), &good()[..20]).unwrap();
-    check(
-        checkpoint.bytes(tensor).unwrap_err(),
-        Code::WeightsCorrupt,
-        &["model.safetensors", "changed"],
-    );
+    check(checkpoint.bytes(tensor).unwrap_err(), Code::WeightsCorrupt, &["model.safetensors", "changed"]);
     fs::remove_file(dir.path().join("model.safetensors")).unwrap();
-    check(
-        checkpoint.bytes(tensor).unwrap_err(),
-        Code::Io,
-        &["model.safetensors"],
-    );
+    check(checkpoint.bytes(tensor).unwrap_err(), Code::Io, &["model.safetensors"]);
 }
 
 fn shard(name: &str) -> Vec<u8> {
@@ -299,13 +181,7 @@ fn sharded(map: &str) -> TempDir {
 fn shards_of_an_index() {
     let dir = sharded(r#"{"b":"s2.safetensors","a":"s1.safetensors"}"#);
     let checkpoint = Checkpoint::open(dir.path()).unwrap();
-    assert_eq!(
-        checkpoint
-            .tensors()
-            .map(|tensor| tensor.file)
-            .collect::<Vec<_>>(),
-        [0, 1]
-    );
+    assert_eq!(checkpoint.tensors().map(|tensor| tensor.file).collect::<Vec<_>>(), [0, 1]);
     assert_eq!(checkpoint.files()[1].name, "s2.safetensors");
 }
 
@@ -313,44 +189,16 @@ fn shards_of_an_index() {
 fn an_index_that_disagrees() {
     let (a, b) = (r#""a":"s1.safetensors""#, r#""b":"s2.safetensors""#);
     for (map, code, words) in [
-        (
-            format!("{{{a},{b},\"c\":\"s3.safetensors\"}}"),
-            Code::ShardMissing,
-            vec!["s3.safetensors", "`c`"],
-        ),
-        (
-            format!("{{{a},{b},\"c\":\"s1.safetensors\"}}"),
-            Code::WeightsCorrupt,
-            vec!["`c`", "s1.safetensors"],
-        ),
-        (
-            format!("{{{a},\"x\":\"s2.safetensors\"}}"),
-            Code::WeightsCorrupt,
-            vec!["`b`", "not in the index"],
-        ),
-        (
-            r#"{"a":"s2.safetensors","b":"s1.safetensors"}"#.into(),
-            Code::WeightsCorrupt,
-            vec!["`a`", "s1.s", "s2.s"],
-        ),
-        (
-            format!("{{{a},{a},{b}}}"),
-            Code::WeightsCorrupt,
-            vec!["`a`", "twice"],
-        ),
-        (
-            "{}".into(),
-            Code::WeightsCorrupt,
-            vec!["empty `weight_map`"],
-        ),
+        (format!("{{{a},{b},\"c\":\"s3.safetensors\"}}"), Code::ShardMissing, vec!["s3.safetensors", "`c`"]),
+        (format!("{{{a},{b},\"c\":\"s1.safetensors\"}}"), Code::WeightsCorrupt, vec!["`c`", "s1.safetensors"]),
+        (format!("{{{a},\"x\":\"s2.safetensors\"}}"), Code::WeightsCorrupt, vec!["`b`", "not in the index"]),
+        (r#"{"a":"s2.safetensors","b":"s1.safetensors"}"#.into(), Code::WeightsCorrupt, vec!["`a`", "s1.s", "s2.s"]),
+        (format!("{{{a},{a},{b}}}"), Code::WeightsCorrupt, vec!["`a`", "twice"]),
+        ("{}".into(), Code::WeightsCorrupt, vec!["empty `weight_map`"]),
         ("[]".into(), Code::WeightsCorrupt, vec!["weight_map"]),
         (r#"{"a":1}"#.into(), Code::WeightsCorrupt, vec!["line 1"]),
     ] {
-        refused(
-            sharded(&map).path(),
-            code,
-            &[&words[..], &["model.safetensors.index.json"][..]].concat(),
-        );
+        refused(sharded(&map).path(), code, &[&words[..], &["model.safetensors.index.json"][..]].concat());
     }
     let dir = dir(&[("model.safetensors.index.json", b"{")]);
     refused(dir.path(), Code::WeightsCorrupt, &["index.json", "line 1"]);
@@ -358,21 +206,9 @@ fn an_index_that_disagrees() {
 
 #[test]
 fn an_index_that_leads_out() {
-    for name in [
-        "../s1.safetensors",
-        "/etc/passwd",
-        "a/../../b",
-        "..",
-        "C:\\\\x",
-        "",
-        "..",
-    ] {
+    for name in ["../s1.safetensors", "/etc/passwd", "a/../../b", "..", "C:\\\\x", "", ".."] {
         let dir = sharded(&format!(r#"{{"a":"{name}"}}"#));
-        refused(
-            dir.path(),
-            Code::PathUnsafe,
-            &["model.safetensors.index.json", "`a`"],
-        );
+        refused(dir.path(), Code::PathUnsafe, &["model.safetensors.index.json", "`a`"]);
     }
 }
 
@@ -387,35 +223,21 @@ fn links() {
     fs::write(cache.path().join("models--o--n/blobs/hash"), good()).unwrap();
     symlink("../../blobs/hash", snapshot.join("model.safetensors")).unwrap();
     let checkpoint = Checkpoint::open(&snapshot).unwrap();
-    assert_eq!(
-        checkpoint
-            .bytes(checkpoint.get("b").unwrap())
-            .unwrap()
-            .len(),
-        8
-    );
+    assert_eq!(checkpoint.bytes(checkpoint.get("b").unwrap()).unwrap().len(), 8);
     assert!(checkpoint.files()[0].path.ends_with("blobs/hash"));
 
     let elsewhere = dir(&[("x.safetensors", &good())]);
     let repository = dir(&[]);
     let link = repository.path().join("model.safetensors");
     symlink(elsewhere.path().join("x.safetensors"), &link).unwrap();
-    refused(
-        repository.path(),
-        Code::PathUnsafe,
-        &["model.safetensors", "x.safetensors"],
-    );
+    refused(repository.path(), Code::PathUnsafe, &["model.safetensors", "x.safetensors"]);
     fs::remove_file(&link).unwrap();
     symlink("nowhere", &link).unwrap();
     refused(repository.path(), Code::Io, &["model.safetensors"]);
     fs::remove_file(&link).unwrap();
     symlink(elsewhere.path(), repository.path().join("sub")).unwrap();
     let index = r#"{"weight_map":{"b":"sub/x.safetensors"}}"#;
-    fs::write(
-        repository.path().join("model.safetensors.index.json"),
-        index,
-    )
-    .unwrap();
+    fs::write(repository.path().join("model.safetensors.index.json"), index).unwrap();
     refused(repository.path(), Code::PathUnsafe, &["index.json", "`b`"]);
 }
 
@@ -428,25 +250,11 @@ fn files_without_an_index() {
     ]);
     assert_eq!(Checkpoint::open(shards.path()).unwrap().tensors().len(), 2);
     fs::remove_file(shards.path().join("model-00001-of-00002.safetensors")).unwrap();
-    refused(
-        shards.path(),
-        Code::ShardMissing,
-        &["model-00001-of-00002.safetensors"],
-    );
+    refused(shards.path(), Code::ShardMissing, &["model-00001-of-00002.safetensors"]);
     let other = dir(&[("my-weights.safetensors", &shard("a"))]);
-    assert_eq!(
-        Checkpoint::open(other.path()).unwrap().files()[0].name,
-        "my-weights.safetensors"
-    );
-    let twice = dir(&[
-        ("x.safetensors", &shard("a")),
-        ("y.safetensors", &shard("a")),
-    ]);
-    refused(
-        twice.path(),
-        Code::WeightsCorrupt,
-        &["`a`", "x.safetensors", "y.safetensors"],
-    );
+    assert_eq!(Checkpoint::open(other.path()).unwrap().files()[0].name, "my-weights.safetensors");
+    let twice = dir(&[("x.safetensors", &shard("a")), ("y.safetensors", &shard("a"))]);
+    refused(twice.path(), Code::WeightsCorrupt, &["`a`", "x.safetensors", "y.safetensors"]);
 }
 
 #[test]
@@ -480,10 +288,7 @@ fn configurations() {
     assert_eq!(repository.config.keys().collect::<Vec<_>>(), ["z", "a"]);
     assert_eq!(repository.config["a"][1]["__float__"], "Infinity");
     for (config, words) in [
-        (
-            &b"{\n  \"a\": }"[..],
-            vec!["config.json", "line 2 column 8"],
-        ),
+        (&b"{\n  \"a\": }"[..], vec!["config.json", "line 2 column 8"]),
         (b"[1]", vec!["a list", "object"]),
         (b"", vec!["line 1"]),
         (b"\xff", vec!["UTF-8"]),
@@ -492,11 +297,7 @@ fn configurations() {
         check(open(config).unwrap_err(), Code::ConfigInvalid, &words);
     }
     let deep = format!("{{\"a\": {}", "[".repeat(100_000));
-    check(
-        open(deep.as_bytes()).unwrap_err(),
-        Code::ConfigInvalid,
-        &["recursion"],
-    );
+    check(open(deep.as_bytes()).unwrap_err(), Code::ConfigInvalid, &["recursion"]);
 }
 
 #[test]
@@ -504,21 +305,9 @@ fn repositories_that_are_none() {
     let dir = dir(&[("file", b"x")]);
     let open = |path: &Path| Repository::open(path).unwrap_err();
     check(open(dir.path()), Code::ConfigMissing, &["config.json"]);
-    check(
-        open(&dir.path().join("file")),
-        Code::Io,
-        &["a file", "directory"],
-    );
-    check(
-        open(&dir.path().join("none")),
-        Code::Io,
-        &["no such directory"],
-    );
-    check(
-        open(Path::new("meta-llama/Llama-3.2-1B")),
-        Code::Io,
-        &["hub", "not downloaded yet"],
-    );
+    check(open(&dir.path().join("file")), Code::Io, &["a file", "directory"]);
+    check(open(&dir.path().join("none")), Code::Io, &["no such directory"]);
+    check(open(Path::new("meta-llama/Llama-3.2-1B")), Code::Io, &["hub", "not downloaded yet"]);
 }
 
 #[test]
@@ -526,29 +315,16 @@ fn hashes() {
     let dir = dir(&[("a", b"abc"), ("empty", b"")]);
     let hashes = hash_files(&[dir.path().join("empty"), dir.path().join("a")]).unwrap();
     assert_eq!((hashes[0].name.as_str(), hashes[0].size), ("empty", 0));
-    assert_eq!(
-        hashes[0].sha256,
-        "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
-    );
-    assert_eq!(
-        hashes[1].sha256,
-        "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    );
-    check(
-        hash_files(&[dir.path().join("b")]).unwrap_err(),
-        Code::Io,
-        &["b"],
-    );
+    assert_eq!(hashes[0].sha256, "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855");
+    assert_eq!(hashes[1].sha256, "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+    check(hash_files(&[dir.path().join("b")]).unwrap_err(), Code::Io, &["b"]);
 }
 
 fn opens_without_panic(bytes: &[u8]) {
     let dir = dir(&[("model.safetensors", bytes)]);
     if let Ok(checkpoint) = Checkpoint::open(dir.path()) {
         for tensor in checkpoint.tensors() {
-            assert_eq!(
-                checkpoint.bytes(tensor).unwrap().len() as u64,
-                tensor.length
-            );
+            assert_eq!(checkpoint.bytes(tensor).unwrap().len() as u64, tensor.length);
             checkpoint.release(tensor);
         }
     }

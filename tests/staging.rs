@@ -24,9 +24,7 @@ fn a_build_that_never_ends() {
 
 fn names(dir: &Path) -> Vec<String> {
     let entries = fs::read_dir(dir).unwrap();
-    let mut names: Vec<_> = entries
-        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-        .collect();
+    let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
     names.sort();
     names
 }
@@ -56,8 +54,5 @@ fn a_killed_build() {
     fs::write(staging.path().join("model.onnx"), "whole").unwrap();
     staging.commit().unwrap();
     assert_eq!(names(root.path()), ["out"]);
-    assert_eq!(
-        fs::read_to_string(output.join("model.onnx")).unwrap(),
-        "whole"
-    );
+    assert_eq!(fs::read_to_string(output.join("model.onnx")).unwrap(), "whole");
 }

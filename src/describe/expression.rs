@@ -24,7 +24,7 @@ pub(super) struct Scope {
 #[derive(Debug)]
 struct Names {
     template: Arc<Template>,
-    config: serde_json::Map<String, Json>,
+    config: Arc<serde_json::Map<String, Json>>,
     layer: Option<usize>,
 }
 
@@ -37,7 +37,7 @@ thread_local! {
 
 impl Scope {
     pub(super) fn new(template: Arc<Template>, config: serde_json::Map<String, Json>) -> Self {
-        Self { names: Arc::new(Names { template, config, layer: None }) }
+        Self { names: Arc::new(Names { template, config: Arc::new(config), layer: None }) }
     }
 
     pub(super) fn template(&self) -> &Template {
@@ -66,9 +66,8 @@ impl Scope {
                 Json::Array(items.collect::<Result<_>>()?)
             }
             Toml::Table(table) => {
-                let entries = table.iter().map(|(key, value)| {
-                    Ok((key.clone(), self.evaluate(&format!("{path}.{key}"), value)?))
-                });
+                let entries =
+                    table.iter().map(|(key, value)| Ok((key.clone(), self.evaluate(&format!("{path}.{key}"), value)?)));
                 Json::Object(entries.collect::<Result<_>>()?)
             }
         })

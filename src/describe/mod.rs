@@ -10,7 +10,68 @@ mod rope;
 mod rules;
 mod template;
 
-pub use accounting::{Accounting, account};
-pub use resolve::resolve;
+pub use accounting::Accounting;
+pub(crate) use accounting::distance;
 pub use rules::{Bound, TensorRules};
 pub use template::{Catalogue, Template};
+
+use serde_json::{Map, Value};
+
+use crate::error::{Code, Error, Result};
+use crate::spec::ModelSpec;
+
+/// A model, described.
+#[derive(Debug)]
+pub struct Description {
+    /// What it is.
+    pub spec: ModelSpec,
+    /// Where its weights are.
+    pub rules: TensorRules,
+    /// What became of its configuration's keys.
+    pub accounting: Accounting,
+}
+
+/// Describes a configuration by a template. Keys that the template does not know must be in `allowed`.
+pub fn describe(template: &Template, config: &Map<String, Value>, allowed: &[String]) -> Result<Description> {
+    let accounting = accounting::account(template, config, allowed)?;
+    let (spec, rules) = resolve::resolve(template, config)?;
+    Ok(Description { spec, rules, accounting })
+}
+
+/// The template for a configuration: the user's own, or the built-in one for its `model_type`.
+pub fn choose(config: &Map<String, Value>, own: Option<&std::path::Path>) -> Result<Template> {
+    let model_type = config.get("model_type").and_then(Value::as_str);
+    if let Some(path) = own {
+        let template = Template::read(path)?;
+        return match model_type {
+            Some(model_type) if !template.model_types.iter().any(|known| known == model_type) => {
+                Err(Error::new(Code::TemplateInvalid, path.display())
+                    .found(format!("a template for {}", template.model_types.join(", ")))
+                    .expected(format!("one for {model_type}, as config.json says"))
+                    .help("if it describes this model too, add the name to its model_type list"))
+            }
+            _ => Ok(template),
+        };
+    }
+    let Some(model_type) = model_type else {
+        return Err(Error::new(Code::ConfigInvalid, "config.json: model_type")
+            .found("nothing")
+            .expected("the name of an architecture")
+            .help("add the key, or describe the model with --template FILE"));
+    };
+    let catalogue = Catalogue::built_in()?;
+    catalogue.for_model_type(model_type).cloned().ok_or_else(|| unknown(model_type, config, &catalogue))
+}
+
+/// No template knows the `model_type`: an error that shows where to start, never a guess that builds.
+fn unknown(model_type: &str, config: &Map<String, Value>, catalogue: &Catalogue) -> Error {
+    let names = catalogue.templates().iter().flat_map(|template| &template.model_types);
+    let mut names: Vec<&str> = names.map(String::as_str).collect();
+    names.sort_by_key(|name| distance(name, model_type));
+    let near = names.iter().take(5).copied().collect::<Vec<_>>().join(", ");
+    let code = if config.contains_key("auto_map") { "; the repository's own Python (auto_map) is not run" } else { "" };
+    Error::new(Code::ModelTypeUnknown, format!("config.json: model_type {model_type:?}"))
+        .found(format!("no template for it{code}"))
+        .expected(format!("a model_type with a template; by name the nearest are {near}"))
+        .help("run `hf2onnx scaffold REPO` for a draft, and build with --template FILE")
+}

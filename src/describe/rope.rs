@@ -207,7 +207,8 @@ mod tests {
         assert!(odd.to_string().contains("spiral"), "{odd}");
         let odd = rope_of(json!({"rope_type": "default", "rope_theta": 1e4, "twist": 3})).expect_err("a stray key");
         assert!(odd.to_string().contains("twist"), "{odd}");
-        let odd = rope_of(json!({"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0], "long_factor": [1.0]}));
+        let odd =
+            rope_of(json!({"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0], "long_factor": [1.0]}));
         assert!(odd.expect_err("too few").to_string().contains("short_factor"));
     }
 

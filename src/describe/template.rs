@@ -14,9 +14,22 @@ const BUILT_IN: &[(&str, &str)] = include!(concat!(env!("OUT_DIR"), "/templates.
 const COMMON: &str = "_common";
 
 /// Tables that a template may have, and what they are for.
-const TABLES: [&str; 14] = [
-    "defaults", "let", "require", "without_effect", "model", "embedding", "norm", "layer", "attention", "rope", "mlp",
-    "moe", "head", "tensors",
+const TABLES: [&str; 15] = [
+    "defaults",
+    "let",
+    "require",
+    "without_effect",
+    "model",
+    "embedding",
+    "norm",
+    "layer",
+    "attention",
+    "rope",
+    "mlp",
+    "moe",
+    "head",
+    "tensors",
+    "drop",
 ];
 
 /// What an architecture is: merged with all that it inherits, not yet evaluated.
@@ -150,12 +163,11 @@ fn parse_file(name: &str, text: &str) -> Result<Table> {
         let line = e.span().map_or(1, |span| text.get(..span.start).unwrap_or_default().lines().count().max(1));
         Error::new(Code::TemplateInvalid, format!("{}:{line}", file_name(name))).found(e.message())
     })?;
-    let known = |key: &str| TABLES.contains(&key) || ["extends", "model_type", "drop"].contains(&key);
+    let known = |key: &str| TABLES.contains(&key) || ["extends", "model_type"].contains(&key);
     match table.keys().find(|key| !known(key)) {
-        Some(odd) => Err(invalid(name, odd, text).found("an unknown table").expected(format!(
-            "extends, model_type, drop or one of {}",
-            TABLES.join(", ")
-        ))),
+        Some(odd) => Err(invalid(name, odd, text)
+            .found("an unknown table")
+            .expected(format!("extends, model_type or one of {}", TABLES.join(", ")))),
         None => Ok(table),
     }
 }
@@ -201,7 +213,8 @@ fn line_of(text: &str, path: &str) -> Option<usize> {
     let first = path.split('.').next()?;
     let starts = |line: &str, key: &str| {
         let line = line.trim_start().trim_start_matches('"');
-        line.strip_prefix(key).is_some_and(|rest| rest.trim_start().trim_start_matches('"').trim_start().starts_with('='))
+        line.strip_prefix(key)
+            .is_some_and(|rest| rest.trim_start().trim_start_matches('"').trim_start().starts_with('='))
     };
     let mut table = String::new();
     let mut within = None;

@@ -58,7 +58,7 @@ pub struct Lowered {
 }
 
 /// A composite operation for which the target's best form was not used.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, serde::Serialize)]
 pub struct Note {
     /// The composite operation.
     pub composite: String,

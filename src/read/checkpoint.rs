@@ -53,17 +53,11 @@ impl Checkpoint {
     /// `model.safetensors.index.json` names, else every other safetensors file in it.
     pub fn open(dir: &Path) -> Result<Self> {
         let Weights { names, index } = locate(dir)?;
-        let mut checkpoint = Self {
-            files: Vec::new(),
-            maps: Vec::new(),
-            tensors: Vec::new(),
-        };
+        let mut checkpoint = Self { files: Vec::new(), maps: Vec::new(), tensors: Vec::new() };
         for name in names {
             checkpoint.add_file(dir, name)?;
         }
-        checkpoint
-            .tensors
-            .sort_by(|a, b| (&a.name, a.file).cmp(&(&b.name, b.file)));
+        checkpoint.tensors.sort_by(|a, b| (&a.name, a.file).cmp(&(&b.name, b.file)));
         if let Some(index) = index {
             checkpoint.compare(&index)?;
         }
@@ -78,10 +72,7 @@ impl Checkpoint {
 
     /// The tensor of this name.
     pub fn get(&self, name: &str) -> Option<&TensorInfo> {
-        let at = self
-            .tensors
-            .binary_search_by(|tensor| tensor.name.as_str().cmp(name))
-            .ok()?;
+        let at = self.tensors.binary_search_by(|tensor| tensor.name.as_str().cmp(name)).ok()?;
         self.tensors.get(at)
     }
 
@@ -94,8 +85,7 @@ impl Checkpoint {
     /// file is no longer what it was when the checkpoint was opened.
     pub fn bytes(&self, tensor: &TensorInfo) -> Result<&[u8]> {
         let map = self.maps.get(tensor.file).ok_or_else(|| {
-            Error::new(Code::TensorMissing, quoted(&tensor.name))
-                .found("a tensor of another checkpoint")
+            Error::new(Code::TensorMissing, quoted(&tensor.name)).found("a tensor of another checkpoint")
         })?;
         map.slice(tensor.offset, tensor.length)
     }
@@ -123,28 +113,11 @@ impl Checkpoint {
         let index = self.files.len();
         let entries = read_header(std::io::BufReader::new(file), metadata.len(), &shown)?;
         self.tensors.extend(entries.into_iter().map(|entry| {
-            let Entry {
-                name,
-                dtype,
-                shape,
-                offset,
-                length,
-            } = entry;
-            TensorInfo {
-                name,
-                dtype,
-                shape,
-                file: index,
-                offset,
-                length,
-            }
+            let Entry { name, dtype, shape, offset, length } = entry;
+            TensorInfo { name, dtype, shape, file: index, offset, length }
         }));
         self.maps.push(LazyMap::new(&path, &metadata));
-        self.files.push(ShardFile {
-            name,
-            path,
-            size: metadata.len(),
-        });
+        self.files.push(ShardFile { name, path, size: metadata.len() });
         Ok(())
     }
 
@@ -155,11 +128,8 @@ impl Checkpoint {
     /// The index and the shards have to tell the same story, or one of them is of another download.
     fn compare(&self, index: &Index) -> Result<()> {
         let error = |name: &str| {
-            Error::new(
-                Code::WeightsCorrupt,
-                format!("{}: tensor {}", index.path.display(), quoted(name)),
-            )
-            .help("index and shards are not of the same model: download both again")
+            Error::new(Code::WeightsCorrupt, format!("{}: tensor {}", index.path.display(), quoted(name)))
+                .help("index and shards are not of the same model: download both again")
         };
         for tensor in &self.tensors {
             let holder = self.file_name(tensor.file);
@@ -194,7 +164,9 @@ impl Checkpoint {
                 return Err(Error::new(Code::WeightsCorrupt, format!("tensor {}", quoted(&first.name)))
                     .found(format!("it stands in {one} and in {other}"))
                     .expected("each tensor in one file")
-                    .help("without an index every .safetensors file is read: keep one model's files in the directory"));
+                    .help(
+                        "without an index every .safetensors file is read: keep one model's files in the directory",
+                    ));
             }
         }
         Ok(())

@@ -23,10 +23,7 @@ pub struct FileHash {
 
 /// Hashes files on all cores, each streamed. The answers stand in the order of the paths.
 pub fn hash_files<P: AsRef<Path> + Sync>(paths: &[P]) -> Result<Vec<FileHash>> {
-    paths
-        .par_iter()
-        .map(|path| hash_file(path.as_ref()))
-        .collect()
+    paths.par_iter().map(|path| hash_file(path.as_ref())).collect()
 }
 
 fn hash_file(path: &Path) -> Result<FileHash> {
@@ -45,29 +42,20 @@ fn hash_file(path: &Path) -> Result<FileHash> {
         hash.update(buffer.get(..count).unwrap_or_default());
         size = size.saturating_add(count as u64);
     }
-    Ok(FileHash {
-        name: file_name(path),
-        size,
-        sha256: hex(&hash.finalize()),
-    })
+    Ok(FileHash { name: file_name(path), size, sha256: hex(&hash.finalize()) })
 }
 
 /// The last component of a path, as text.
 pub(crate) fn file_name(path: &Path) -> String {
-    path.file_name()
-        .unwrap_or(PathBuf::from(path).as_os_str())
-        .to_string_lossy()
-        .into_owned()
+    path.file_name().unwrap_or(PathBuf::from(path).as_os_str()).to_string_lossy().into_owned()
 }
 
 /// Lower-case hexadecimal digits.
 pub(crate) fn hex(bytes: &[u8]) -> String {
     use std::fmt::Write;
-    bytes
-        .iter()
-        .fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
-            // Writing to a String can not fail.
-            let _ = write!(text, "{byte:02x}");
-            text
-        })
+    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
+        // Writing to a String can not fail.
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
 }

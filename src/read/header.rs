@@ -30,14 +30,9 @@ pub(crate) struct Entry {
 pub(crate) fn read_header(mut file: impl Read, size: u64, path: &Path) -> Result<Vec<Entry>> {
     let mut prefix = [0; 8];
     let Some(after_prefix) = size.checked_sub(8) else {
-        return Err(truncated(
-            path,
-            format!("{size} bytes in all"),
-            "at least 8 bytes",
-        ));
+        return Err(truncated(path, format!("{size} bytes in all"), "at least 8 bytes"));
     };
-    file.read_exact(&mut prefix)
-        .map_err(|error| Error::io(path, &error))?;
+    file.read_exact(&mut prefix).map_err(|error| Error::io(path, &error))?;
     if let Some(error) = impostor(prefix, path) {
         return Err(error);
     }
@@ -46,9 +41,7 @@ pub(crate) fn read_header(mut file: impl Read, size: u64, path: &Path) -> Result
         return Err(corrupt(path)
             .found(format!("a header of {length} bytes"))
             .expected(format!("at most {MAX_HEADER} bytes"))
-            .help(
-                "this is no safetensors file, or its first bytes are damaged: download it again",
-            ));
+            .help("this is no safetensors file, or its first bytes are damaged: download it again"));
     }
     let Some(data_length) = after_prefix.checked_sub(length) else {
         return Err(truncated(
@@ -58,31 +51,23 @@ pub(crate) fn read_header(mut file: impl Read, size: u64, path: &Path) -> Result
         ));
     };
     // At most the file's own size, which was checked just now.
-    let mut json =
-        vec![0; usize::try_from(length).map_err(|_| corrupt(path).found("a huge header"))?];
-    file.read_exact(&mut json)
-        .map_err(|error| Error::io(path, &error))?;
+    let mut json = vec![0; usize::try_from(length).map_err(|_| corrupt(path).found("a huge header"))?];
+    file.read_exact(&mut json).map_err(|error| Error::io(path, &error))?;
     parse(&json, data_length, path)
 }
 
 /// Checks the JSON of a header against the length of the data behind it.
 pub(crate) fn parse(json: &[u8], data_length: u64, path: &Path) -> Result<Vec<Entry>> {
-    let text = std::str::from_utf8(json).map_err(|error| {
-        corrupt(path)
-            .found(format!("a header that is not UTF-8: {error}"))
-            .help(DOWNLOAD)
-    })?;
+    let text = std::str::from_utf8(json)
+        .map_err(|error| corrupt(path).found(format!("a header that is not UTF-8: {error}")).help(DOWNLOAD))?;
     if !text.starts_with('{') {
         return Err(corrupt(path)
             .found("a header that does not start with `{`")
             .expected("a JSON object")
             .help(DOWNLOAD));
     }
-    let raw: RawHeader = serde_json::from_str(text).map_err(|error| {
-        corrupt(path)
-            .found(format!("a header that is not valid: {error}"))
-            .help(DOWNLOAD)
-    })?;
+    let raw: RawHeader = serde_json::from_str(text)
+        .map_err(|error| corrupt(path).found(format!("a header that is not valid: {error}")).help(DOWNLOAD))?;
     let data_start = 8 + json.len() as u64;
     let mut entries = Vec::with_capacity(raw.0.len());
     for (name, tensor) in raw.0 {
@@ -105,13 +90,7 @@ pub(crate) fn parse(json: &[u8], data_length: u64, path: &Path) -> Result<Vec<En
 
 const DOWNLOAD: &str = "the file is damaged: download it again";
 
-fn check_tensor(
-    name: String,
-    raw: &RawTensor,
-    data_start: u64,
-    data_length: u64,
-    path: &Path,
-) -> Result<Entry> {
+fn check_tensor(name: String, raw: &RawTensor, data_start: u64, data_length: u64, path: &Path) -> Result<Entry> {
     let error = || corrupt_tensor(path, &name);
     let dtype = StoredType::parse(&raw.dtype).ok_or_else(|| {
         let known: Vec<_> = StoredType::ALL.iter().map(|dtype| dtype.as_str()).collect();
@@ -127,12 +106,7 @@ fn check_tensor(
             .expected("an end that is not before its beginning")
             .help(DOWNLOAD));
     };
-    let shape: Option<Vec<usize>> = raw
-        .shape
-        .0
-        .iter()
-        .map(|&dimension| usize::try_from(dimension).ok())
-        .collect();
+    let shape: Option<Vec<usize>> = raw.shape.0.iter().map(|&dimension| usize::try_from(dimension).ok()).collect();
     let needed = shape.as_ref().and_then(|shape| dtype.byte_length(shape));
     let (Some(shape), Some(needed)) = (shape, needed) else {
         return Err(error()
@@ -153,13 +127,7 @@ fn check_tensor(
             .help("the file is cut short: download it again"));
     }
     // Can not overflow: `begin` lies inside the file. Saturating keeps that out of the argument.
-    Ok(Entry {
-        offset: data_start.saturating_add(begin),
-        name,
-        dtype,
-        shape,
-        length,
-    })
+    Ok(Entry { offset: data_start.saturating_add(begin), name, dtype, shape, length })
 }
 
 /// The format wants every byte of the data to belong to one tensor.
@@ -172,11 +140,7 @@ fn check_coverage(entries: &[Entry], data_start: u64, data_length: u64, path: &P
         let before = previous.map_or("the header".to_owned(), |entry| quoted(&entry.name));
         if entry.offset != covered {
             let (at, end) = (entry.offset - data_start, covered - data_start);
-            let what = if entry.offset < covered {
-                "overlaps"
-            } else {
-                "leaves a gap behind"
-            };
+            let what = if entry.offset < covered { "overlaps" } else { "leaves a gap behind" };
             return Err(corrupt_tensor(path, &entry.name)
                 .found(format!("its data starts at {at}, which {what} {before}"))
                 .expected(format!("data that starts at {end}, where {before} ends"))
@@ -188,10 +152,7 @@ fn check_coverage(entries: &[Entry], data_start: u64, data_length: u64, path: &P
     let end = covered - data_start;
     if end != data_length {
         return Err(corrupt(path)
-            .found(format!(
-                "{} bytes behind the last tensor",
-                data_length - end
-            ))
+            .found(format!("{} bytes behind the last tensor", data_length - end))
             .expected(format!("{end} bytes of data, as the header says"))
             .help(DOWNLOAD));
     }
@@ -209,18 +170,10 @@ fn impostor(prefix: [u8; 8], path: &Path) -> Option<Error> {
             "a zip archive (a PyTorch pickle?) under a safetensors name",
             "convert the weights with `save_pretrained(..., safe_serialization=True)`",
         ),
-        [b'<', b'!' | b'h', ..] => (
-            "an HTML page instead of the file",
-            "download the file again",
-        ),
+        [b'<', b'!' | b'h', ..] => ("an HTML page instead of the file", "download the file again"),
         _ => return None,
     };
-    Some(
-        corrupt(path)
-            .found(what)
-            .expected("a safetensors file")
-            .help(help),
-    )
+    Some(corrupt(path).found(what).expected("a safetensors file").help(help))
 }
 
 fn corrupt(path: &Path) -> Error {
@@ -228,17 +181,11 @@ fn corrupt(path: &Path) -> Error {
 }
 
 fn corrupt_tensor(path: &Path, name: &str) -> Error {
-    Error::new(
-        Code::WeightsCorrupt,
-        format!("{}: tensor {}", path.display(), quoted(name)),
-    )
+    Error::new(Code::WeightsCorrupt, format!("{}: tensor {}", path.display(), quoted(name)))
 }
 
 fn truncated(path: &Path, found: String, expected: &str) -> Error {
-    corrupt(path)
-        .found(found)
-        .expected(expected)
-        .help("the file is cut short: download it again")
+    corrupt(path).found(found).expected(expected).help("the file is cut short: download it again")
 }
 
 /// A name from a file, safe to print: no control characters, not endless.
@@ -247,11 +194,7 @@ pub(crate) fn quoted(name: &str) -> String {
 }
 
 fn shorten(text: &str) -> String {
-    let mut short: String = text
-        .chars()
-        .take(200)
-        .flat_map(char::escape_debug)
-        .collect();
+    let mut short: String = text.chars().take(200).flat_map(char::escape_debug).collect();
     if text.chars().nth(200).is_some() {
         short.push('…');
     }
@@ -281,24 +224,19 @@ impl<'de> Deserialize<'de> for RawHeader {
                 f.write_str("an object of tensors")
             }
 
-            fn visit_map<A: MapAccess<'de>>(
-                self,
-                mut map: A,
-            ) -> std::result::Result<RawHeader, A::Error> {
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<RawHeader, A::Error> {
                 let mut tensors = Vec::new();
                 while let Some(name) = map.next_key::<String>()? {
                     if name.len() > MAX_NAME {
-                        return Err(A::Error::custom(
-                            "a tensor's name is longer than 4096 bytes",
-                        ));
+                        return Err(A::Error::custom("a tensor's name is longer than 4096 bytes"));
                     }
                     if name == "__metadata__" {
                         map.next_value::<IgnoredAny>()?;
                         continue;
                     }
-                    let tensor = map.next_value().map_err(|error| {
-                        A::Error::custom(format!("tensor {}: {error}", quoted(&name)))
-                    })?;
+                    let tensor = map
+                        .next_value()
+                        .map_err(|error| A::Error::custom(format!("tensor {}: {error}", quoted(&name))))?;
                     tensors.push((name, tensor));
                 }
                 Ok(RawHeader(tensors))
@@ -318,10 +256,7 @@ impl<'de> Deserialize<'de> for RawShape {
                 f.write_str("a list of dimensions")
             }
 
-            fn visit_seq<A: SeqAccess<'de>>(
-                self,
-                mut seq: A,
-            ) -> std::result::Result<RawShape, A::Error> {
+            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> std::result::Result<RawShape, A::Error> {
                 let mut shape = Vec::new();
                 while let Some(dimension) = seq.next_element()? {
                     if shape.len() == MAX_RANK {

@@ -20,10 +20,7 @@ pub fn json_file(path: &Path) -> Result<Map<String, Value>> {
     let value = parse(&text).map_err(|error| invalid(path).found(error).help(HELP))?;
     match value {
         Value::Object(map) => Ok(map),
-        other => Err(invalid(path)
-            .found(kind(&other))
-            .expected("a JSON object")
-            .help(HELP)),
+        other => Err(invalid(path).found(kind(&other)).expected("a JSON object").help(HELP)),
     }
 }
 
@@ -39,9 +36,7 @@ pub(crate) fn text_file(path: &Path) -> Result<String> {
     let file = File::open(path).map_err(io)?;
     let metadata = file.metadata().map_err(io)?;
     if !metadata.is_file() {
-        return Err(Error::new(Code::Io, path.display())
-            .found("not a regular file")
-            .expected("a file"));
+        return Err(Error::new(Code::Io, path.display()).found("not a regular file").expected("a file"));
     }
     if metadata.len() > MAX_JSON {
         return Err(invalid(path)
@@ -50,22 +45,15 @@ pub(crate) fn text_file(path: &Path) -> Result<String> {
     }
     let mut bytes = Vec::new();
     file.take(MAX_JSON).read_to_end(&mut bytes).map_err(io)?;
-    String::from_utf8(bytes).map_err(|error| {
-        invalid(path)
-            .found(format!("a file that is not UTF-8: {}", error.utf8_error()))
-            .help(HELP)
-    })
+    String::from_utf8(bytes)
+        .map_err(|error| invalid(path).found(format!("a file that is not UTF-8: {}", error.utf8_error())).help(HELP))
 }
 
 /// Parses JSON, and Python's three special numbers.
 fn parse(text: &str) -> serde_json::Result<Value> {
     serde_json::from_str(text).or_else(|error| {
         let spelled = spell_special_floats(text);
-        if spelled == text {
-            Err(error)
-        } else {
-            serde_json::from_str(&spelled)
-        }
+        if spelled == text { Err(error) } else { serde_json::from_str(&spelled) }
     })
 }
 
@@ -74,9 +62,7 @@ fn spell_special_floats(text: &str) -> String {
     let mut rest = text;
     let mut in_string = false;
     while let Some(character) = rest.chars().next() {
-        let special = ["Infinity", "-Infinity", "NaN"]
-            .into_iter()
-            .find(|word| rest.starts_with(word));
+        let special = ["Infinity", "-Infinity", "NaN"].into_iter().find(|word| rest.starts_with(word));
         if let (false, Some(word)) = (in_string, special) {
             out.push_str(r#"{"__float__": ""#);
             out.push_str(word);
@@ -114,8 +100,7 @@ mod tests {
 
     #[test]
     fn python_numbers() {
-        let text =
-            r#"{"a": [0.0, Infinity], "b": -Infinity, "c": "NaN \" Infinity", "d": NaN, "é\\": 1}"#;
+        let text = r#"{"a": [0.0, Infinity], "b": -Infinity, "c": "NaN \" Infinity", "d": NaN, "é\\": 1}"#;
         let expected = json!({
             "a": [0.0, {"__float__": "Infinity"}], "b": {"__float__": "-Infinity"},
             "c": "NaN \" Infinity", "d": {"__float__": "NaN"}, "é\\": 1,
@@ -125,14 +110,7 @@ mod tests {
 
     #[test]
     fn a_broken_file_stays_broken() {
-        for text in [
-            "",
-            "{",
-            "{\"a\": Infinit}",
-            "{\"a\": 1e999}",
-            "nul",
-            "{\"a\": \"\\",
-        ] {
+        for text in ["", "{", "{\"a\": Infinit}", "{\"a\": 1e999}", "nul", "{\"a\": \"\\"] {
             assert!(parse(text).is_err(), "{text}");
         }
     }

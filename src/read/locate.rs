@@ -28,20 +28,13 @@ pub(crate) struct Index {
 
 pub(crate) fn locate(dir: &Path) -> Result<Weights> {
     if exists(&dir.join(SINGLE)) {
-        return Ok(Weights {
-            names: vec![SINGLE.to_owned()],
-            index: None,
-        });
+        return Ok(Weights { names: vec![SINGLE.to_owned()], index: None });
     }
     if exists(&dir.join(INDEX)) {
         return read_index(dir);
     }
     let all = file_names(dir)?;
-    let names: Vec<String> = all
-        .iter()
-        .filter(|name| is_model_file(name))
-        .cloned()
-        .collect();
+    let names: Vec<String> = all.iter().filter(|name| is_model_file(name)).cloned().collect();
     if names.is_empty() {
         return Err(missing(dir, &all));
     }
@@ -68,16 +61,13 @@ fn file_names(dir: &Path) -> Result<BTreeSet<String>> {
 }
 
 fn is_model_file(name: &str) -> bool {
-    name.ends_with(".safetensors")
-        && !["golden.safetensors", "adapter_model.safetensors"].contains(&name)
+    name.ends_with(".safetensors") && !["golden.safetensors", "adapter_model.safetensors"].contains(&name)
 }
 
 fn read_index(dir: &Path) -> Result<Weights> {
     let path = dir.join(INDEX);
     let text = text_file(&contained(dir, INDEX)?)?;
-    let RawIndex {
-        weight_map: WeightMap(map),
-    } = serde_json::from_str(&text).map_err(|error| {
+    let RawIndex { weight_map: WeightMap(map) } = serde_json::from_str(&text).map_err(|error| {
         Error::new(Code::WeightsCorrupt, path.display())
             .found(error)
             .expected("`weight_map`: an object from tensor names to file names")
@@ -96,10 +86,7 @@ fn read_index(dir: &Path) -> Result<Weights> {
         check_shard(dir, &path, shard, tensor)?;
     }
     let names = shards.into_keys().map(str::to_owned).collect();
-    Ok(Weights {
-        names,
-        index: Some(Index { path, map }),
-    })
+    Ok(Weights { names, index: Some(Index { path, map }) })
 }
 
 fn check_shard(dir: &Path, index: &Path, shard: &str, tensor: &str) -> Result<()> {
@@ -107,19 +94,12 @@ fn check_shard(dir: &Path, index: &Path, shard: &str, tensor: &str) -> Result<()
         Err(error) if error.code == Code::Io && !dir.join(shard).exists() => {
             Err(Error::new(Code::ShardMissing, dir.join(shard).display())
                 .found("no such file")
-                .expected(format!(
-                    "the shard that holds {}, says {}",
-                    quoted(tensor),
-                    index.display()
-                ))
-                .help(
-                    "the download is not complete: run it again (`hf download`, or `git lfs pull`)",
-                ))
+                .expected(format!("the shard that holds {}, says {}", quoted(tensor), index.display()))
+                .help("the download is not complete: run it again (`hf download`, or `git lfs pull`)"))
         }
-        Err(error) if error.code == Code::PathUnsafe => Err(Error {
-            subject: format!("{}: tensor {}", index.display(), quoted(tensor)),
-            ..error
-        }),
+        Err(error) if error.code == Code::PathUnsafe => {
+            Err(Error { subject: format!("{}: tensor {}", index.display(), quoted(tensor)), ..error })
+        }
         other => other.map(|_| ()),
     }
 }
@@ -153,8 +133,7 @@ fn check_numbering(dir: &Path, names: &[String]) -> Result<()> {
 fn numbering(name: &str) -> Option<(&str, &str, &str)> {
     let (rest, total) = name.strip_suffix(".safetensors")?.rsplit_once("-of-")?;
     let (prefix, number) = rest.rsplit_once('-')?;
-    let digits =
-        |text: &str| (1..=6).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_digit());
+    let digits = |text: &str| (1..=6).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_digit());
     (digits(number) && digits(total)).then_some((prefix, number, total))
 }
 
@@ -162,18 +141,12 @@ fn numbering(name: &str) -> Option<(&str, &str, &str)> {
 fn missing(dir: &Path, all: &BTreeSet<String>) -> Error {
     let error = Error::new(Code::WeightsMissing, dir.display());
     let expected = format!("{SINGLE}, or {INDEX} with its shards");
-    let find = |endings: &[&str]| {
-        all.iter()
-            .find(|name| endings.iter().any(|ending| name.ends_with(ending)))
-    };
+    let find = |endings: &[&str]| all.iter().find(|name| endings.iter().any(|ending| name.ends_with(ending)));
     if let Some(name) = find(&[".bin", ".pt", ".pth", ".ckpt"]) {
-        return error
-            .found(format!("{name}, a Python pickle"))
-            .expected(expected)
-            .help(
-                "a pickle can run any code when it is read, so hf2onnx reads none; convert it where you \
+        return error.found(format!("{name}, a Python pickle")).expected(expected).help(
+            "a pickle can run any code when it is read, so hf2onnx reads none; convert it where you \
                  trust it: `model.save_pretrained(DIR, safe_serialization=True)` in transformers",
-            );
+        );
     }
     if all.contains("adapter_model.safetensors") {
         return error
@@ -187,10 +160,7 @@ fn missing(dir: &Path, all: &BTreeSet<String>) -> Error {
             .expected(expected)
             .help("use the model's original repository, or export safetensors from the library that reads this file");
     }
-    error
-        .found("no weights")
-        .expected(expected)
-        .help("check the path; for a download, that it is complete")
+    error.found("no weights").expected(expected).help("check the path; for a download, that it is complete")
 }
 
 #[derive(serde::Deserialize)]
@@ -211,10 +181,7 @@ impl<'de> Deserialize<'de> for WeightMap {
                 f.write_str("an object from tensor names to file names")
             }
 
-            fn visit_map<A: MapAccess<'de>>(
-                self,
-                mut map: A,
-            ) -> std::result::Result<WeightMap, A::Error> {
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<WeightMap, A::Error> {
                 let mut shards = BTreeMap::new();
                 while let Some((tensor, shard)) = map.next_entry::<String, String>()? {
                     let again = format!("tensor {} stands twice in `weight_map`", quoted(&tensor));

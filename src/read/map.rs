@@ -22,12 +22,7 @@ pub(crate) struct LazyMap {
 impl LazyMap {
     /// Remembers what the file was when its header was read.
     pub(crate) fn new(path: &Path, metadata: &Metadata) -> Self {
-        Self {
-            path: path.to_owned(),
-            size: metadata.len(),
-            modified: metadata.modified().ok(),
-            map: OnceLock::new(),
-        }
+        Self { path: path.to_owned(), size: metadata.len(), modified: metadata.modified().ok(), map: OnceLock::new() }
     }
 
     /// The bytes at `offset..offset + length`.
@@ -36,11 +31,8 @@ impl LazyMap {
             return Ok(&[]);
         }
         let map = self.mapped()?;
-        let range = usize::try_from(offset).ok().zip(
-            offset
-                .checked_add(length)
-                .and_then(|end| usize::try_from(end).ok()),
-        );
+        let range =
+            usize::try_from(offset).ok().zip(offset.checked_add(length).and_then(|end| usize::try_from(end).ok()));
         range
             .and_then(|(start, end)| map.get(start..end))
             .ok_or_else(|| self.changed(format!("{} bytes are mapped", map.len())))
@@ -49,21 +41,14 @@ impl LazyMap {
     /// Tells the system that these pages are not needed soon. Memory falls; the bytes stay readable.
     pub(crate) fn release(&self, offset: u64, length: u64) {
         #[cfg(unix)]
-        if let (Some(map), Ok(offset), Ok(length)) = (
-            self.map.get(),
-            usize::try_from(offset),
-            usize::try_from(length),
-        ) && length > 0
-            && offset
-                .checked_add(length)
-                .is_some_and(|end| end <= map.len())
+        if let (Some(map), Ok(offset), Ok(length)) = (self.map.get(), usize::try_from(offset), usize::try_from(length))
+            && length > 0
+            && offset.checked_add(length).is_some_and(|end| end <= map.len())
         {
             // SAFETY: on a read-only mapping of a file, dropped pages are read again from that
             // same file, so no slice that is still borrowed can see other bytes. Failure is
             // harmless: the pages stay.
-            let _ = unsafe {
-                map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, offset, length)
-            };
+            let _ = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, offset, length) };
         }
         #[cfg(not(unix))]
         let _ = (offset, length);
@@ -98,10 +83,7 @@ impl LazyMap {
     fn changed(&self, found: impl std::fmt::Display) -> Error {
         Error::new(Code::WeightsCorrupt, self.path.display())
             .found(format!("the file changed while it was being read: {found}"))
-            .expected(format!(
-                "the {} bytes that were there at the start",
-                self.size
-            ))
+            .expected(format!("the {} bytes that were there at the start", self.size))
             .help("wait until nothing writes to the repository (a download?) and run again")
     }
 }

@@ -50,12 +50,7 @@ impl Repository {
             Ok(_) => Some(json_file(&contained(dir, "generation_config.json")?)?),
             Err(_) => None,
         };
-        Ok(Self {
-            dir: dir.to_owned(),
-            config,
-            generation_config,
-            checkpoint: Checkpoint::open(dir)?,
-        })
+        Ok(Self { dir: dir.to_owned(), config, generation_config, checkpoint: Checkpoint::open(dir)? })
     }
 }
 
@@ -63,12 +58,9 @@ fn check_directory(dir: &Path) -> Result<()> {
     if dir.is_dir() {
         return Ok(());
     }
-    let error =
-        Error::new(Code::Io, dir.display()).expected("a directory that holds a model repository");
+    let error = Error::new(Code::Io, dir.display()).expected("a directory that holds a model repository");
     if dir.exists() {
-        return Err(error
-            .found("a file")
-            .help("give the directory that the file lies in"));
+        return Err(error.found("a file").help("give the directory that the file lies in"));
     }
     let text = dir.to_string_lossy();
     let hub_id = !dir.is_absolute() && text.split('/').count() == 2 && !text.starts_with('.');

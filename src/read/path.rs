@@ -11,23 +11,17 @@ pub fn contained(dir: &Path, name: &str) -> Result<PathBuf> {
         return Err(Error::new(Code::PathUnsafe, dir.display())
             .found(format!("the file name `{}`", name.escape_debug()))
             .expected("a path inside the repository, without `..`, drive or leading slash")
-            .help(
-                "the repository is broken or hostile: download it again from a source you trust",
-            ));
+            .help("the repository is broken or hostile: download it again from a source you trust"));
     }
     let path = dir.join(name);
-    let real = path
-        .canonicalize()
-        .map_err(|error| Error::io(&path, &error))?;
+    let real = path.canonicalize().map_err(|error| Error::io(&path, &error))?;
     let root = dir.canonicalize().map_err(|error| Error::io(dir, &error))?;
     if real.starts_with(&root) || cache_blobs(&root).is_some_and(|blobs| real.starts_with(blobs)) {
         return Ok(real);
     }
     Err(Error::new(Code::PathUnsafe, path.display())
         .found(format!("a link to {}", real.display()))
-        .expected(
-            "a file inside the repository, or a link into the `blobs` of a Hugging Face cache",
-        )
+        .expected("a file inside the repository, or a link into the `blobs` of a Hugging Face cache")
         .help("if you made the link yourself, put the file (or a hard link) in its place"))
 }
 
@@ -36,16 +30,12 @@ fn is_plain(name: &str) -> bool {
     !name.is_empty()
         && !name.contains(['\\', '\0', ':'])
         && !name.ends_with('/')
-        && Path::new(name)
-            .components()
-            .all(|part| matches!(part, Component::Normal(_)))
+        && Path::new(name).components().all(|part| matches!(part, Component::Normal(_)))
 }
 
 /// `models--org--name/blobs`, when the directory is `models--org--name/snapshots/<revision>`.
 fn cache_blobs(root: &Path) -> Option<PathBuf> {
-    let snapshots = root
-        .parent()
-        .filter(|parent| parent.ends_with("snapshots"))?;
+    let snapshots = root.parent().filter(|parent| parent.ends_with("snapshots"))?;
     snapshots.parent()?.join("blobs").canonicalize().ok()
 }
 
@@ -58,18 +48,7 @@ mod tests {
         for name in ["model.safetensors", "onnx/model.safetensors", "a b", "..a"] {
             assert!(is_plain(name), "{name}");
         }
-        for name in [
-            "",
-            "/etc/passwd",
-            "../x",
-            "a/../../x",
-            "a/..",
-            "C:x",
-            "..\\x",
-            ".",
-            "a\0",
-            "a/",
-        ] {
+        for name in ["", "/etc/passwd", "../x", "a/../../x", "a/..", "C:x", "..\\x", ".", "a\0", "a/"] {
             assert!(!is_plain(name), "{name}");
         }
     }

@@ -57,10 +57,7 @@ stored_types! {
 impl StoredType {
     /// The type with this name in a safetensors header.
     pub fn parse(name: &str) -> Option<Self> {
-        Self::ALL
-            .iter()
-            .copied()
-            .find(|dtype| dtype.as_str() == name)
+        Self::ALL.iter().copied().find(|dtype| dtype.as_str() == name)
     }
 
     /// The element type that graphs know it by; none for types that have to be decoded first.

@@ -53,46 +53,29 @@ pub struct ConsumerFiles {
 }
 
 /// Writes `config.json`, `generation_config.json`, `genai_config.json` and the tokenizer's files.
-pub fn write_consumer_files(
-    repository: &Repository,
-    signature: &Signature,
-    directory: &Path,
-) -> Result<ConsumerFiles> {
+pub fn write_consumer_files(repository: &Repository, signature: &Signature, directory: &Path) -> Result<ConsumerFiles> {
     let write = |name: &str, value: &Value| write_json(&directory.join(name), value);
-    write(
-        "config.json",
-        &Value::Object(config(&repository.config, signature)),
-    )?;
+    write("config.json", &Value::Object(config(&repository.config, signature)))?;
     if repository.generation_config.is_some() {
         copy_generation_config(repository, directory)?;
     } else {
-        write(
-            "generation_config.json",
-            &generation_config(&repository.config),
-        )?;
+        write("generation_config.json", &generation_config(&repository.config))?;
     }
     let genai = genai_config(repository, signature)?;
     write("genai_config.json", &genai)?;
     let tokenizer = copy_tokenizer(&repository.dir, directory)?;
-    let mut written: Vec<String> = ["config.json", "generation_config.json", "genai_config.json"]
-        .map(str::to_owned)
-        .into();
+    let mut written: Vec<String> =
+        ["config.json", "generation_config.json", "genai_config.json"].map(str::to_owned).into();
     written.extend(tokenizer.iter().cloned());
     written.sort();
     let mut notes = Vec::new();
     if tokenizer.is_empty() {
-        notes.push(
-            "the repository has no tokenizer: consumers need its files beside the model".into(),
-        );
+        notes.push("the repository has no tokenizer: consumers need its files beside the model".into());
     }
     if genai.pointer("/model/eos_token_id").is_none() {
         notes.push("no eos_token_id is known: onnxruntime-genai will stop at token 0".into());
     }
-    Ok(ConsumerFiles {
-        written,
-        tokenizer,
-        notes,
-    })
+    Ok(ConsumerFiles { written, tokenizer, notes })
 }
 
 /// The source's configuration with what transformers.js has to know. What it says of the files of

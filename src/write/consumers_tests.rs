@@ -23,24 +23,15 @@ fn signature() -> Signature {
 }
 
 /// Writes the files for a repository that holds these; the answer of a file that was not written is null.
-fn written(
-    files: &[(&str, Value)],
-    signature: &Signature,
-) -> Result<(ConsumerFiles, impl Fn(&str) -> Value + use<>)> {
+fn written(files: &[(&str, Value)], signature: &Signature) -> Result<(ConsumerFiles, impl Fn(&str) -> Value + use<>)> {
     let (source, target) = (TempDir::new().unwrap(), TempDir::new().unwrap());
-    fs::write(
-        source.path().join("model.safetensors"),
-        b"\x02\0\0\0\0\0\0\0{}",
-    )
-    .unwrap();
+    fs::write(source.path().join("model.safetensors"), b"\x02\0\0\0\0\0\0\0{}").unwrap();
     for (name, value) in files {
         fs::write(source.path().join(name), value.to_string()).unwrap();
     }
     let repository = Repository::open(source.path()).unwrap();
     let files = write_consumer_files(&repository, signature, target.path())?;
-    Ok((files, move |name: &str| {
-        json_file(&target.path().join(name)).map_or(Value::Null, Value::Object)
-    }))
+    Ok((files, move |name: &str| json_file(&target.path().join(name)).map_or(Value::Null, Value::Object)))
 }
 
 #[test]
@@ -48,23 +39,12 @@ fn the_configuration_of_transformers_js() {
     let source = json!({"model_type": "llama", "a": 1e-6});
     let (_, read) = written(&[("config.json", source)], &signature()).unwrap();
     let options = json!({"dtype": "fp32", "use_external_data_format": {"model.onnx": 1}});
-    assert_eq!(
-        read("config.json"),
-        json!({"model_type": "llama", "a": 1e-6, "transformers.js_config": options})
-    );
+    assert_eq!(read("config.json"), json!({"model_type": "llama", "a": 1e-6, "transformers.js_config": options}));
 
     let options = json!({"dtype": "q4", "device": "webgpu", "use_external_data_format": {"model_q4.onnx": 3}});
-    let f16 = Signature {
-        onnx_file: "onnx/model_fp16.onnx".into(),
-        dtype: ElementType::F16,
-        data_files: 2,
-        ..signature()
-    };
-    let (_, read) = written(
-        &[("config.json", json!({"transformers.js_config": options}))],
-        &f16,
-    )
-    .unwrap();
+    let f16 =
+        Signature { onnx_file: "onnx/model_fp16.onnx".into(), dtype: ElementType::F16, data_files: 2, ..signature() };
+    let (_, read) = written(&[("config.json", json!({"transformers.js_config": options}))], &f16).unwrap();
     let expected = json!({
         "dtype": "fp16", "device": "webgpu", "kv_cache_dtype": {"fp16": "float16"},
         "use_external_data_format": {"model_q4.onnx": 3, "model_fp16.onnx": 2},
@@ -76,56 +56,27 @@ fn the_configuration_of_transformers_js() {
 fn generation_settings() {
     let config = json!({"eos_token_id": 1, "pad_token_id": null, "temperature": 0.5});
     let (files, read) = written(&[("config.json", config.clone())], &signature()).unwrap();
-    assert_eq!(
-        files.written,
-        ["config.json", "genai_config.json", "generation_config.json"]
-    );
+    assert_eq!(files.written, ["config.json", "genai_config.json", "generation_config.json"]);
     assert!(files.tokenizer.is_empty());
     assert!(files.notes.iter().all(|note| note.contains("tokenizer")) && files.notes.len() == 1);
-    assert_eq!(
-        read("generation_config.json"),
-        json!({"_from_model_config": true, "eos_token_id": 1})
-    );
+    assert_eq!(read("generation_config.json"), json!({"_from_model_config": true, "eos_token_id": 1}));
     assert_eq!(read("genai_config.json")["search"]["temperature"], 0.5);
 
     let generation = json!({"eos_token_id": [7, 1], "bos_token_id": 3, "top_k": null, "top_p": 0.9, "do_sample": true});
-    let files = [
-        ("config.json", config.clone()),
-        ("generation_config.json", generation.clone()),
-    ];
+    let files = [("config.json", config.clone()), ("generation_config.json", generation.clone())];
     let (_, read) = written(&files, &signature()).unwrap();
     assert_eq!(read("generation_config.json"), generation);
     let genai = read("genai_config.json");
     assert_eq!(genai["model"]["eos_token_id"], json!([7, 1]));
-    assert_eq!(
-        (
-            &genai["model"]["bos_token_id"],
-            &genai["model"]["pad_token_id"]
-        ),
-        (&json!(3), &json!(7))
-    );
-    assert_eq!(
-        (&genai["search"]["top_k"], &genai["search"]["top_p"]),
-        (&json!(50), &json!(0.9))
-    );
+    assert_eq!((&genai["model"]["bos_token_id"], &genai["model"]["pad_token_id"]), (&json!(3), &json!(7)));
+    assert_eq!((&genai["search"]["top_k"], &genai["search"]["top_p"]), (&json!(50), &json!(0.9)));
     assert_eq!(genai["search"]["do_sample"], true);
 
-    for wrong in [
-        json!({"top_k": "50"}),
-        json!({"temperature": [1]}),
-        json!({"do_sample": 1}),
-        json!({"top_k": -1}),
-    ] {
-        let files = [
-            ("config.json", config.clone()),
-            ("generation_config.json", wrong),
-        ];
+    for wrong in [json!({"top_k": "50"}), json!({"temperature": [1]}), json!({"do_sample": 1}), json!({"top_k": -1})] {
+        let files = [("config.json", config.clone()), ("generation_config.json", wrong)];
         let error = written(&files, &signature()).map(|_| ()).unwrap_err();
         assert_eq!(error.code, Code::ConfigInvalid);
-        assert!(
-            error.subject.contains("generation_config.json: key `"),
-            "{error}"
-        );
+        assert!(error.subject.contains("generation_config.json: key `"), "{error}");
     }
 }
 
@@ -133,23 +84,14 @@ fn generation_settings() {
 fn token_ids_that_are_not_configured() {
     let config = json!({"pad_token_id": -1, "bos_token_id": 2048});
     let (files, read) = written(&[("config.json", config)], &signature()).unwrap();
-    assert!(
-        files.notes.iter().any(|note| note.contains("eos_token_id")),
-        "{:?}",
-        files.notes
-    );
+    assert!(files.notes.iter().any(|note| note.contains("eos_token_id")), "{:?}", files.notes);
     let model = &read("genai_config.json")["model"];
     assert_eq!(
-        (
-            &model["bos_token_id"],
-            &model["eos_token_id"],
-            &model["pad_token_id"]
-        ),
+        (&model["bos_token_id"], &model["eos_token_id"], &model["pad_token_id"]),
         (&json!(1), &Value::Null, &Value::Null)
     );
 
-    let tokenizer =
-        json!({"added_tokens": [{"id": 5, "content": "<end>", "special": true}], "model": {}});
+    let tokenizer = json!({"added_tokens": [{"id": 5, "content": "<end>", "special": true}], "model": {}});
     let files = [
         ("config.json", json!({"eos_token_id": 2})),
         ("tokenizer.json", tokenizer),
@@ -163,10 +105,7 @@ fn token_ids_that_are_not_configured() {
     ];
     let (_, read) = written(&files, &signature()).unwrap();
     let model = &read("genai_config.json")["model"];
-    assert_eq!(
-        (&model["eos_token_id"], &model["pad_token_id"]),
-        (&json!([5, 2]), &json!(9))
-    );
+    assert_eq!((&model["eos_token_id"], &model["pad_token_id"]), (&json!([5, 2]), &json!(9)));
 }
 
 #[test]
@@ -194,32 +133,21 @@ fn the_tokenizer_as_everybody_reads_it() {
 fn files_are_copied_as_bytes() {
     let (source, target) = (TempDir::new().unwrap(), TempDir::new().unwrap());
     fs::create_dir(source.path().join("additional_chat_templates")).unwrap();
-    let names = [
-        "additional_chat_templates/rag.jinja",
-        "chat_template.jinja",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    ];
+    let names =
+        ["additional_chat_templates/rag.jinja", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"];
     for name in names {
         fs::write(source.path().join(name), b"{ broken \xff").unwrap();
     }
     assert_eq!(copy_tokenizer(source.path(), target.path()).unwrap(), names);
     for name in names {
-        assert_eq!(
-            fs::read(target.path().join(name)).unwrap(),
-            b"{ broken \xff"
-        );
+        assert_eq!(fs::read(target.path().join(name)).unwrap(), b"{ broken \xff");
     }
 }
 
 #[test]
 fn the_whole_genai_configuration() {
     let config = json!({"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2});
-    let unshared = Signature {
-        share_buffer: false,
-        position_ids: false,
-        ..signature()
-    };
+    let unshared = Signature { share_buffer: false, position_ids: false, ..signature() };
     for (name, signature) in [("shared", signature()), ("unshared", unshared)] {
         let (_, read) = written(&[("config.json", config.clone())], &signature).unwrap();
         insta::assert_snapshot!(name, format!("{:#}", read("genai_config.json")));

@@ -48,10 +48,7 @@ impl Staging {
                 .expected("an output directory that can be made")
                 .help("give a path such as out/my-model"));
         };
-        let prefix: OsString = [OsStr::new("."), name, OsStr::new(MARK)]
-            .iter()
-            .copied()
-            .collect();
+        let prefix: OsString = [OsStr::new("."), name, OsStr::new(MARK)].iter().copied().collect();
         remove_leftovers(parent, &prefix, &output);
         check_replaceable(&output, force)?;
         let parents = Parents::create(parent)?;
@@ -59,13 +56,7 @@ impl Staging {
         // `…-abc.lock` belongs to `…-abc`.
         let path = lock.path().with_extension("");
         fs::create_dir(&path).map_err(|error| Error::io(&path, &error))?;
-        Ok(Self {
-            output,
-            path,
-            force,
-            _lock: lock,
-            _parents: parents,
-        })
+        Ok(Self { output, path, force, _lock: lock, _parents: parents })
     }
 
     /// Where to write: a directory that exists and is empty at first.
@@ -116,15 +107,8 @@ struct Parents(Vec<PathBuf>);
 impl Parents {
     fn create(parent: &Path) -> Result<Self> {
         let mut made = Self(Vec::new());
-        let absent: Vec<_> = parent
-            .ancestors()
-            .take_while(|path| !path.exists())
-            .collect();
-        for path in absent
-            .into_iter()
-            .rev()
-            .filter(|path| !path.as_os_str().is_empty())
-        {
+        let absent: Vec<_> = parent.ancestors().take_while(|path| !path.exists()).collect();
+        for path in absent.into_iter().rev().filter(|path| !path.as_os_str().is_empty()) {
             match fs::create_dir(path) {
                 Ok(()) => made.0.push(path.to_owned()),
                 // Another build was faster.
@@ -167,14 +151,9 @@ fn check_replaceable(output: &Path, force: Force) -> Result<()> {
             .help("choose another --output"));
     }
     if force == Force::No {
-        return Err(error()
-            .found("it exists")
-            .help("choose another --output, or replace it with --force"));
+        return Err(error().found("it exists").help("choose another --output, or replace it with --force"));
     }
-    let empty = fs::read_dir(output)
-        .map_err(|error| Error::io(output, &error))?
-        .next()
-        .is_none();
+    let empty = fs::read_dir(output).map_err(|error| Error::io(output, &error))?.next().is_none();
     if empty || output.join("hf2onnx.json").is_file() {
         return Ok(());
     }
@@ -188,11 +167,7 @@ fn check_replaceable(output: &Path, force: Force) -> Result<()> {
 fn make_lock(parent: &Path, prefix: &OsStr) -> Result<NamedTempFile> {
     let io = |error: std::io::Error| Error::io(parent, &error);
     for _ in 0..16 {
-        let mut lock = tempfile::Builder::new()
-            .prefix(prefix)
-            .suffix(LOCK)
-            .tempfile_in(parent)
-            .map_err(io)?;
+        let mut lock = tempfile::Builder::new().prefix(prefix).suffix(LOCK).tempfile_in(parent).map_err(io)?;
         match lock.as_file().try_lock() {
             // Another build took the new file for a left-over one and is about to remove it.
             Err(TryLockError::WouldBlock) => continue,
@@ -220,15 +195,9 @@ fn remove_leftovers(parent: &Path, prefix: &OsStr, output: &Path) {
     let mut builds = BTreeSet::new();
     for entry in entries.flatten() {
         let name = entry.file_name();
-        if name
-            .as_encoded_bytes()
-            .starts_with(prefix.as_encoded_bytes())
-        {
+        if name.as_encoded_bytes().starts_with(prefix.as_encoded_bytes()) {
             let mut path = entry.path();
-            if path
-                .extension()
-                .is_some_and(|end| end == "lock" || end == "old")
-            {
+            if path.extension().is_some_and(|end| end == "lock" || end == "old") {
                 path.set_extension("");
             }
             builds.insert(path);
@@ -251,10 +220,7 @@ fn remove_leftover(build: &Path, output: &Path) {
     if lock.as_ref().is_some_and(|lock| lock.try_lock().is_err()) {
         return;
     }
-    tracing::info!(
-        "removing {}, left by a build that was interrupted",
-        build.display()
-    );
+    tracing::info!("removing {}, left by a build that was interrupted", build.display());
     let old = with_suffix(build, OLD);
     if old.is_dir() && output.symlink_metadata().is_err() {
         // Interrupted between the two renames: the output from before is still whole.
@@ -285,12 +251,8 @@ fn settle(directory: &Path) -> Result<()> {
         } else if metadata.is_file() && !is_shared(&metadata) {
             set_mode(&path, 0o644)?;
             // Windows flushes only what is open for writing.
-            let file = OpenOptions::new()
-                .read(true)
-                .write(cfg!(windows))
-                .open(&path);
-            file.and_then(|file| file.sync_all())
-                .map_err(|error| io(&path, error))?;
+            let file = OpenOptions::new().read(true).write(cfg!(windows)).open(&path);
+            file.and_then(|file| file.sync_all()).map_err(|error| io(&path, error))?;
         }
     }
     set_mode(directory, 0o755)?;
@@ -323,9 +285,7 @@ fn set_mode(_: &Path, _: u32) -> Result<()> {
 /// Makes the names in a directory last. Windows has no such call, and needs none.
 fn sync_directory(path: &Path) -> Result<()> {
     if cfg!(unix) {
-        File::open(path)
-            .and_then(|file| file.sync_all())
-            .map_err(|error| Error::io(path, &error))?;
+        File::open(path).and_then(|file| file.sync_all()).map_err(|error| Error::io(path, &error))?;
     }
     Ok(())
 }

@@ -89,20 +89,12 @@ impl<'a> ExternalWriter<'a> {
     /// Writes what is buffered and closes the file. Its name, size and hash are the answer.
     pub fn finish(mut self) -> Result<FileHash> {
         self.check_whole()?;
-        self.file
-            .flush()
-            .map_err(|error| Error::io(&self.path, &error))?;
-        Ok(FileHash {
-            name: file_name(&self.path),
-            size: self.position,
-            sha256: hex(&self.hash.finalize()),
-        })
+        self.file.flush().map_err(|error| Error::io(&self.path, &error))?;
+        Ok(FileHash { name: file_name(&self.path), size: self.position, sha256: hex(&self.hash.finalize()) })
     }
 
     fn write(&mut self, bytes: &[u8]) -> Result<()> {
-        self.file
-            .write_all(bytes)
-            .map_err(|error| Error::io(&self.path, &error))?;
+        self.file.write_all(bytes).map_err(|error| Error::io(&self.path, &error))?;
         self.hash.update(bytes);
         self.position = self.position.saturating_add(bytes.len() as u64);
         Ok(())
@@ -113,10 +105,7 @@ impl<'a> ExternalWriter<'a> {
             return Ok(());
         }
         Err(Error::new(Code::Io, self.path.display())
-            .found(format!(
-                "a tensor that lacks its last {} bytes",
-                self.pending
-            ))
+            .found(format!("a tensor that lacks its last {} bytes", self.pending))
             .expected("every tensor in its announced length"))
     }
 }
@@ -133,44 +122,17 @@ mod tests {
         let path = dir.path().join("model.onnx_data");
         let mut seen = 0;
         let mut writer = ExternalWriter::create(&path, |count| seen += count).unwrap();
-        assert_eq!(
-            writer.append(&[1; 10]).unwrap(),
-            Extent {
-                offset: 0,
-                length: 10
-            }
-        );
-        assert_eq!(
-            writer.append(&[2; 70]).unwrap(),
-            Extent {
-                offset: 64,
-                length: 70
-            }
-        );
-        assert_eq!(
-            writer.append(&[]).unwrap(),
-            Extent {
-                offset: 192,
-                length: 0
-            }
-        );
-        assert_eq!(
-            writer.begin(5000).unwrap(),
-            Extent {
-                offset: 4096,
-                length: 5000
-            }
-        );
+        assert_eq!(writer.append(&[1; 10]).unwrap(), Extent { offset: 0, length: 10 });
+        assert_eq!(writer.append(&[2; 70]).unwrap(), Extent { offset: 64, length: 70 });
+        assert_eq!(writer.append(&[]).unwrap(), Extent { offset: 192, length: 0 });
+        assert_eq!(writer.begin(5000).unwrap(), Extent { offset: 4096, length: 5000 });
         writer.chunk(&[3; 4000]).unwrap();
         writer.chunk(&[4; 1000]).unwrap();
         let hash = writer.finish().unwrap();
         assert_eq!(seen, 5080);
         assert_eq!(hash, hash_files(&[&path]).unwrap()[0]);
         let bytes = std::fs::read(&path).unwrap();
-        assert_eq!(
-            (bytes.len(), bytes[10], bytes[133], bytes[4096], bytes[9095]),
-            (9096, 0, 2, 3, 4)
-        );
+        assert_eq!((bytes.len(), bytes[10], bytes[133], bytes[4096], bytes[9095]), (9096, 0, 2, 3, 4));
     }
 
     #[test]
@@ -181,13 +143,7 @@ mod tests {
         assert!(writer.chunk(&[0; 5]).is_err());
         writer.begin(4).unwrap_err();
         writer.chunk(&[0; 3]).unwrap();
-        assert!(
-            writer
-                .finish()
-                .unwrap_err()
-                .to_string()
-                .contains("last 1 bytes")
-        );
+        assert!(writer.finish().unwrap_err().to_string().contains("last 1 bytes"));
     }
 
     #[cfg(target_os = "linux")]

@@ -51,15 +51,9 @@ fn decoder(signature: &Signature) -> Value {
 /// The ids with the fallbacks of genai's own builder: beginning 1, padding the first end.
 fn token_ids(repository: &Repository, vocab_size: usize) -> Map<String, Value> {
     let mut model = Map::new();
-    let beginning = ids(repository, "bos_token_id", vocab_size)
-        .first()
-        .copied()
-        .unwrap_or(1);
+    let beginning = ids(repository, "bos_token_id", vocab_size).first().copied().unwrap_or(1);
     let mut ends = ids(repository, "eos_token_id", vocab_size);
-    let padding = ids(repository, "pad_token_id", vocab_size)
-        .first()
-        .or(ends.first())
-        .copied();
+    let padding = ids(repository, "pad_token_id", vocab_size).first().or(ends.first()).copied();
     // A chat model's turn ends with the tokenizer's token, which the configurations may not name.
     if let Some(turn_end) = special_token(&repository.dir, "eos_token")
         && is_token(turn_end, vocab_size)
@@ -93,27 +87,16 @@ fn ids(repository: &Repository, key: &str, vocab_size: usize) -> Vec<i64> {
             Some(value) => std::slice::from_ref(value),
             None => &[],
         };
-        values
-            .iter()
-            .filter_map(Value::as_i64)
-            .filter(|id| is_token(*id, vocab_size))
-            .collect()
+        values.iter().filter_map(Value::as_i64).filter(|id| is_token(*id, vocab_size)).collect()
     };
-    let of_generation = repository
-        .generation_config
-        .as_ref()
-        .map(read)
-        .unwrap_or_default();
+    let of_generation = repository.generation_config.as_ref().map(read).unwrap_or_default();
     for found in [of_generation, read(&repository.config)] {
         if !found.is_empty() {
             return found;
         }
     }
     let special = special_token(&repository.dir, key.trim_end_matches("_id"));
-    special
-        .into_iter()
-        .filter(|id| is_token(*id, vocab_size))
-        .collect()
+    special.into_iter().filter(|id| is_token(*id, vocab_size)).collect()
 }
 
 fn search(repository: &Repository, signature: &Signature) -> Result<Value> {
@@ -139,18 +122,10 @@ fn search(repository: &Repository, signature: &Signature) -> Result<Value> {
 /// A setting of `generation_config.json`, else of `config.json` (where old repositories have them), else
 /// the default. Null means unset; a value of another kind than the default is an error.
 fn setting(repository: &Repository, key: &str, default: Value) -> Result<Value> {
-    let configs = [
-        (
-            "generation_config.json",
-            repository.generation_config.as_ref(),
-        ),
-        ("config.json", Some(&repository.config)),
-    ];
+    let configs =
+        [("generation_config.json", repository.generation_config.as_ref()), ("config.json", Some(&repository.config))];
     for (file, config) in configs {
-        let Some(value) = config
-            .and_then(|config| config.get(key))
-            .filter(|value| !value.is_null())
-        else {
+        let Some(value) = config.and_then(|config| config.get(key)).filter(|value| !value.is_null()) else {
             continue;
         };
         let fits = match &default {
@@ -167,11 +142,8 @@ fn setting(repository: &Repository, key: &str, default: Value) -> Result<Value> 
 }
 
 fn wrong_kind(file: &Path, key: &str, value: &Value, default: &Value) -> Error {
-    Error::new(
-        Code::ConfigInvalid,
-        format!("{}: key `{key}`", file.display()),
-    )
-    .found(value)
-    .expected(format!("a value such as {default}"))
-    .help("correct the file")
+    Error::new(Code::ConfigInvalid, format!("{}: key `{key}`", file.display()))
+        .found(value)
+        .expected(format!("a value such as {default}"))
+        .help("correct the file")
 }

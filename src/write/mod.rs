@@ -6,8 +6,12 @@ mod consumers;
 mod directory;
 mod external;
 mod genai;
+mod model;
 mod tokenizer;
+mod weights;
 
 pub use consumers::{ConsumerFiles, Signature, write_consumer_files};
 pub use directory::{Force, Staging};
 pub use external::{Extent, ExternalWriter};
+pub use model::encode;
+pub use weights::stream;

@@ -39,9 +39,7 @@ pub(crate) fn copy_tokenizer(from: &Path, to: &Path) -> Result<Vec<String>> {
     }
     if present(from, CONFIG) {
         // A broken one is copied as it is: who reads it says what is wrong with it.
-        let spelled = json_file(&contained(from, CONFIG)?)
-            .ok()
-            .and_then(spelled_for_all);
+        let spelled = json_file(&contained(from, CONFIG)?).ok().and_then(spelled_for_all);
         if let Some(config) = spelled {
             write_json(&to.join(CONFIG), &Value::Object(config))?;
             copied.push(CONFIG.to_owned());
@@ -83,15 +81,8 @@ fn copy_templates(from: &Path, to: &Path, directory: &str, copied: &mut Vec<Stri
         return Ok(());
     }
     let entries = fs::read_dir(&source).map_err(|error| Error::io(&source, &error))?;
-    let mut names: Vec<_> = entries
-        .flatten()
-        .filter_map(|entry| entry.file_name().into_string().ok())
-        .collect();
-    names.retain(|name| {
-        Path::new(name)
-            .extension()
-            .is_some_and(|end| end == "jinja")
-    });
+    let mut names: Vec<_> = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect();
+    names.retain(|name| Path::new(name).extension().is_some_and(|end| end == "jinja"));
     names.sort();
     if !names.is_empty() {
         let target = to.join(directory);
@@ -107,18 +98,13 @@ fn copy_templates(from: &Path, to: &Path, directory: &str, copied: &mut Vec<Stri
 /// there is nothing to change.
 fn spelled_for_all(mut config: Map<String, Value>) -> Option<Map<String, Value>> {
     let mut changed = false;
-    if config
-        .get("tokenizer_class")
-        .is_some_and(|class| class == "TokenizersBackend")
-    {
+    if config.get("tokenizer_class").is_some_and(|class| class == "TokenizersBackend") {
         config.insert("tokenizer_class".into(), "PreTrainedTokenizerFast".into());
         config.shift_remove("backend");
         changed = true;
     }
     // Transformers 4 expects a map under this name, and the list under the other one, which 5 reads too.
-    let is_list = config
-        .get("extra_special_tokens")
-        .is_some_and(Value::is_array);
+    let is_list = config.get("extra_special_tokens").is_some_and(Value::is_array);
     if is_list && !config.contains_key("additional_special_tokens") {
         if let Some(list) = config.shift_remove("extra_special_tokens") {
             config.insert("additional_special_tokens".into(), list);
@@ -135,20 +121,11 @@ pub(crate) fn special_token(dir: &Path, key: &str) -> Option<i64> {
         Value::String(text) => text.as_str(),
         other => other.get("content")?.as_str()?,
     };
-    added_tokens(dir)
-        .into_iter()
-        .find(|token| token.content == content)
-        .map(|token| token.id)
-        .or_else(|| {
-            let decoder = config.get("added_tokens_decoder")?.as_object()?;
-            let holds = |token: &Value| token.get("content").is_some_and(|text| text == content);
-            decoder
-                .iter()
-                .find(|(_, token)| holds(token))?
-                .0
-                .parse()
-                .ok()
-        })
+    added_tokens(dir).into_iter().find(|token| token.content == content).map(|token| token.id).or_else(|| {
+        let decoder = config.get("added_tokens_decoder")?.as_object()?;
+        let holds = |token: &Value| token.get("content").is_some_and(|text| text == content);
+        decoder.iter().find(|(_, token)| holds(token))?.0.parse().ok()
+    })
 }
 
 #[derive(Deserialize)]
@@ -164,11 +141,7 @@ fn added_tokens(dir: &Path) -> Vec<AddedToken> {
         #[serde(default)]
         added_tokens: Vec<AddedToken>,
     }
-    let bytes = contained(dir, "tokenizer.json")
-        .ok()
-        .and_then(|path| fs::read(path).ok());
+    let bytes = contained(dir, "tokenizer.json").ok().and_then(|path| fs::read(path).ok());
     let tokenizer = bytes.and_then(|bytes| serde_json::from_slice::<Tokenizer>(&bytes).ok());
-    tokenizer
-        .map(|tokenizer| tokenizer.added_tokens)
-        .unwrap_or_default()
+    tokenizer.map(|tokenizer| tokenizer.added_tokens).unwrap_or_default()
 }

@@ -1,0 +1,177 @@
+//! The plan: initializer <- parameters <- tensors, with every shape checked.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::build::Model;
+use crate::describe::TensorRules;
+use crate::element::ElementType;
+use crate::error::{Code, Error, Result};
+use crate::graph::{Dim, Graph, Source, ValueId};
+use crate::lower::{Constant, Onnx};
+use crate::read::Checkpoint;
+use crate::weight::Weight;
+
+/// How a graph's weights come from a checkpoint.
+#[derive(Debug)]
+pub struct Plan {
+    /// What the graph holds, in the order in which it is written.
+    pub initializers: Vec<Initializer>,
+    /// What the model is made of, by name.
+    pub parameters: Vec<Parameter>,
+    /// Tensors that are left out, and why.
+    pub dropped: BTreeMap<String, String>,
+}
+
+/// A stored tensor of the graph.
+#[derive(Debug)]
+pub struct Initializer {
+    /// The value in the graph.
+    pub value: ValueId,
+    /// Its name.
+    pub name: String,
+    /// Element type in the graph.
+    pub element: ElementType,
+    /// Shape.
+    pub shape: Vec<usize>,
+    /// From tensors of the checkpoint.
+    pub weight: Weight,
+}
+
+impl Initializer {
+    /// Size in the graph's element type.
+    pub fn bytes(&self) -> u64 {
+        self.shape.iter().fold(self.element.size() as u64, |bytes, size| bytes.saturating_mul(*size as u64))
+    }
+}
+
+/// A learned parameter of the model.
+#[derive(Debug)]
+pub struct Parameter {
+    /// Name, as Hugging Face's Llama would call it.
+    pub name: String,
+    /// Shape.
+    pub shape: Vec<usize>,
+    /// From tensors of the checkpoint.
+    pub weight: Weight,
+}
+
+/// Plans the binding of a lowered graph.
+pub fn plan(
+    model: &Graph<Model>,
+    lowered: &Graph<Onnx>,
+    rules: &TensorRules,
+    checkpoint: &Checkpoint,
+    allowed: &[String],
+) -> Result<Plan> {
+    let shapes = parameter_shapes(model);
+    let mut parameters = Vec::new();
+    for (name, shape) in &shapes {
+        let weight = bind(name, shape, rules, &shapes, checkpoint)?;
+        parameters.push(Parameter { name: name.clone(), shape: shape.clone(), weight });
+    }
+    let by_name: BTreeMap<&str, &Weight> = parameters.iter().map(|p| (p.name.as_str(), &p.weight)).collect();
+    let mut initializers = Vec::new();
+    for (value, stored) in lowered.values() {
+        let Source::Literal(Constant::Weight(weight)) = &stored.source else { continue };
+        let weight = weight.substitute(&mut |name| {
+            let bound = by_name.get(name).map(|weight| (*weight).clone());
+            bound.ok_or_else(|| Error::new(Code::SpecInvalid, name).found("an initializer of an unknown parameter"))
+        })?;
+        initializers.push(Initializer {
+            value,
+            name: stored.name.clone(),
+            element: stored.ty.element,
+            shape: fixed(&stored.ty.shape),
+            weight,
+        });
+    }
+    let dropped = left_over(&parameters, rules, checkpoint, allowed)?;
+    Ok(Plan { initializers, parameters, dropped })
+}
+
+fn fixed(shape: &[Dim]) -> Vec<usize> {
+    shape.iter().map(|dim| dim.value().and_then(|size| usize::try_from(size).ok()).unwrap_or(0)).collect()
+}
+
+fn parameter_shapes(model: &Graph<Model>) -> BTreeMap<String, Vec<usize>> {
+    let literals = model.values().filter(|(_, value)| matches!(value.source, Source::Literal(_)));
+    literals.map(|(_, value)| (value.name.clone(), fixed(&value.ty.shape))).collect()
+}
+
+/// The first way to store a parameter of which the checkpoint has every tensor.
+fn bind(
+    name: &str,
+    shape: &[usize],
+    rules: &TensorRules,
+    shapes: &BTreeMap<String, Vec<usize>>,
+    checkpoint: &Checkpoint,
+) -> Result<Weight> {
+    let alternatives = rules.bind(name, shapes)?.alternatives;
+    let present = |weight: &&Weight| weight.sources().iter().all(|tensor| checkpoint.get(tensor).is_some());
+    let Some(weight) = alternatives.iter().find(present) else {
+        return Err(missing(name, &alternatives, checkpoint));
+    };
+    for tensor in weight.sources() {
+        if let Some(info) =
+            checkpoint.get(tensor).filter(|info| !info.dtype.element().is_some_and(ElementType::is_float))
+        {
+            return Err(Error::new(Code::QuantizationUnsupported, tensor)
+                .found(info.dtype.as_str())
+                .expected("float32, bfloat16 or float16 weights")
+                .help("use the checkpoint from which this one was quantised"));
+        }
+    }
+    let of = |tensor: &str| checkpoint.get(tensor).map(|info| info.shape.as_slice());
+    let subject = || format!("tensor {} for parameter {name}", weight.sources().join(", "));
+    let found = weight.shape(&of).map_err(|reason| Error::new(Code::TensorShape, subject()).found(reason))?;
+    // Python broadcasts nothing here, but a scalar gate may be stored as [1].
+    if found != shape {
+        return Err(Error::new(Code::TensorShape, subject())
+            .found(format!("{found:?}"))
+            .expected(format!("{shape:?}"))
+            .help("config.json and the weights do not belong together, or the template takes the wrong size"));
+    }
+    Ok(weight.clone())
+}
+
+fn missing(name: &str, alternatives: &[Weight], checkpoint: &Checkpoint) -> Error {
+    let wanted: Vec<String> = alternatives.iter().map(ToString::to_string).collect();
+    let absent: Vec<&str> =
+        alternatives.iter().flat_map(Weight::sources).filter(|t| checkpoint.get(t).is_none()).collect();
+    let near = absent.first().and_then(|absent| {
+        let names = checkpoint.tensors().map(|tensor| tensor.name.as_str());
+        names.min_by_key(|known| crate::describe::distance(known, absent))
+    });
+    let near = near.map_or("the checkpoint has no tensors".to_owned(), |near| format!("the nearest name is {near}"));
+    Error::new(Code::TensorMissing, format!("parameter {name}"))
+        .found(format!("no tensor {}", absent.first().copied().unwrap_or(name)))
+        .expected(wanted.join(", or "))
+        .help(format!("{near}; a [tensors] rule in the template maps other names"))
+}
+
+/// Tensors that no parameter takes must be dropped by a rule or by the user.
+fn left_over(
+    parameters: &[Parameter],
+    rules: &TensorRules,
+    checkpoint: &Checkpoint,
+    allowed: &[String],
+) -> Result<BTreeMap<String, String>> {
+    let used: BTreeSet<&str> = parameters.iter().flat_map(|parameter| parameter.weight.sources()).collect();
+    let mut dropped = BTreeMap::new();
+    let mut unexpected = Vec::new();
+    for tensor in checkpoint.tensors().filter(|tensor| !used.contains(tensor.name.as_str())) {
+        if let Some(reason) = rules.drop_reason(&tensor.name) {
+            dropped.insert(tensor.name.clone(), reason.to_owned());
+        } else if allowed.contains(&tensor.name) {
+            dropped.insert(tensor.name.clone(), "allowed by the user".to_owned());
+        } else {
+            unexpected.push(tensor.name.as_str());
+        }
+    }
+    let Some(first) = unexpected.first() else { return Ok(dropped) };
+    let more = if unexpected.len() > 1 { format!(" and {} more", unexpected.len() - 1) } else { String::new() };
+    Err(Error::new(Code::TensorUnexpected, format!("tensor {first}{more}"))
+        .found(unexpected.iter().take(8).copied().collect::<Vec<_>>().join(", "))
+        .expected("tensors that a parameter takes or that a rule drops")
+        .help(format!("if it does not change the computation, pass --allow-unused-tensor {first}")))
+}

@@ -1,0 +1,340 @@
+//! Resolution: a template's tables, evaluated layer by layer, become the specification.
+
+use std::sync::Arc;
+
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
+use toml::Value as Toml;
+
+use super::expression::Scope;
+use super::rope;
+use super::rules::TensorRules;
+use super::template::Template;
+use crate::error::{Code, Error, Result};
+use crate::spec::{
+    Activation, Attention, Embedding, FeedForward, Groups, Head, Layer, LayerNorms, Mlp, ModelSpec, Moe, Norm,
+    NormKind, Projection, RopeLayout, Routing, Score, SharedExpert,
+};
+
+/// `[model]`
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ModelTable {
+    vocab_size: usize,
+    hidden_size: usize,
+    layers: usize,
+    context_length: usize,
+}
+
+/// `[norm]`: what all norms have in common.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct NormTable {
+    kind: NormKind,
+    eps: f64,
+    #[serde(default)]
+    offset: bool,
+}
+
+/// `[layer]`
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct LayerTable {
+    feed_forward: FeedForwardKind,
+    norms: NormNames,
+}
+
+#[derive(Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "snake_case")]
+enum FeedForwardKind {
+    Dense,
+    Moe,
+}
+
+/// Names of the modules that hold the norms' weights, by place.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct NormNames {
+    attention_input: String,
+    feed_forward_input: String,
+    #[serde(rename = "final")]
+    last: String,
+}
+
+/// `[attention]`
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct AttentionTable {
+    heads: usize,
+    kv_heads: usize,
+    head_size: usize,
+    value_size: Option<usize>,
+    bias: bool,
+    output_bias: bool,
+    scale: Option<f64>,
+    window: Option<usize>,
+    latent: Option<LatentTable>,
+}
+
+/// `[attention.latent]`
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct LatentTable {
+    query_rank: Option<usize>,
+    kv_rank: usize,
+    rope_size: usize,
+    norm_eps: f64,
+}
+
+/// `[rope]`
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RopeTable {
+    layout: RopeLayout,
+    size: usize,
+    parameters: Value,
+    #[serde(default = "yes")]
+    enabled: bool,
+}
+
+/// `[moe]`
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct MoeTable {
+    experts: usize,
+    top_k: usize,
+    intermediate_size: usize,
+    activation: Activation,
+    #[serde(default = "yes")]
+    gated: bool,
+    routing: RoutingTable,
+    shared: Option<SharedTable>,
+}
+
+/// `[moe.routing]`
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RoutingTable {
+    score: Score,
+    #[serde(default)]
+    correction_bias: bool,
+    groups: Option<Groups>,
+    #[serde(default)]
+    normalize: bool,
+    #[serde(default = "one")]
+    scale: f64,
+}
+
+/// `[moe.shared]`
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SharedTable {
+    name: String,
+    intermediate_size: usize,
+    activation: Activation,
+    #[serde(default = "yes")]
+    gated: bool,
+    #[serde(default)]
+    gate: bool,
+}
+
+fn yes() -> bool {
+    true
+}
+
+fn one() -> f64 {
+    1.0
+}
+
+/// More layers or larger sizes than any model has are a mistake, and would only fill the memory.
+const MOST_LAYERS: usize = 4096;
+
+/// The specification that a template gives a configuration, and its tensor rules.
+pub(super) fn resolve(template: &Template, config: &Map<String, Value>) -> Result<(ModelSpec, TensorRules)> {
+    let mut config = config.clone();
+    let theta = template.table("defaults").and_then(|table| table.get("rope_theta"));
+    let theta = theta.and_then(Toml::as_float).map(Value::from);
+    if let Some(rope) = rope::normalise(&config, theta.as_ref()) {
+        config.insert("rope".to_owned(), rope);
+    }
+    let model_type = config.get("model_type").and_then(Value::as_str).unwrap_or_default().to_owned();
+    let scope = Scope::new(Arc::new(template.clone()), config);
+    check_requirements(&scope)?;
+
+    let model: ModelTable = table(&scope, "model")?;
+    if model.layers > MOST_LAYERS {
+        return Err(template.error(Code::SpecInvalid, "model.layers").found(model.layers).expected("at most 4096"));
+    }
+    let norm: NormTable = table(&scope, "norm")?;
+    let at = |name: &str| Norm { name: name.to_owned(), kind: norm.kind, eps: norm.eps, offset: norm.offset };
+    let layers = (0..model.layers).map(|index| layer(&scope.at(index), &model, &at)).collect::<Result<Vec<_>>>()?;
+    // Names by place may go by layer; the final norm has one.
+    let names: LayerTable = table(&scope.at(0), "layer")?;
+    let embedding = match template.table("embedding") {
+        Some(_) => table(&scope, "embedding")?,
+        None => Embedding { scale: None },
+    };
+    let spec = ModelSpec {
+        model_type,
+        template: template.name.clone(),
+        vocab_size: model.vocab_size,
+        hidden_size: model.hidden_size,
+        context_length: model.context_length,
+        embedding,
+        layers,
+        final_norm: at(&names.norms.last),
+        head: table::<Head>(&scope, "head")?,
+    };
+    check_sizes(&spec)?;
+    let rules = TensorRules::new(&scope, spec.layers.len())?;
+    Ok((spec, rules))
+}
+
+fn layer(scope: &Scope, model: &ModelTable, norm: &impl Fn(&str) -> Norm) -> Result<Layer> {
+    let layer: LayerTable = table(scope, "layer")?;
+    let feed_forward = match layer.feed_forward {
+        FeedForwardKind::Dense => FeedForward::Dense(table::<Mlp>(scope, "mlp")?),
+        FeedForwardKind::Moe => FeedForward::Moe(Box::new(moe(table(scope, "moe")?))),
+    };
+    Ok(Layer {
+        attention: attention(scope, model)?,
+        feed_forward,
+        norms: LayerNorms {
+            attention_input: norm(&layer.norms.attention_input),
+            feed_forward_input: norm(&layer.norms.feed_forward_input),
+        },
+    })
+}
+
+fn attention(scope: &Scope, model: &ModelTable) -> Result<Attention> {
+    let t: AttentionTable = table(scope, "attention")?;
+    let rope: Option<RopeTable> = match scope.template().table("rope") {
+        Some(_) => Some(table(scope, "rope")?),
+        None => None,
+    };
+    let rope = rope.filter(|rope| rope.enabled);
+    let rope = rope.map(|r| rope::rope(r.layout, r.size, &r.parameters, model.context_length)).transpose()?;
+    let projection = match t.latent {
+        None => Projection::Separate { bias: t.bias },
+        Some(latent) => Projection::Latent {
+            query_rank: latent.query_rank,
+            kv_rank: latent.kv_rank,
+            rope_size: latent.rope_size,
+            bias: t.bias,
+            norm_eps: latent.norm_eps,
+        },
+    };
+    #[expect(clippy::cast_precision_loss, reason = "head sizes are small")]
+    let scale = t.scale.unwrap_or_else(|| (t.head_size as f64).powf(-0.5));
+    Ok(Attention {
+        heads: t.heads,
+        kv_heads: t.kv_heads,
+        key_size: t.head_size,
+        value_size: t.value_size.unwrap_or(t.head_size),
+        projection,
+        output_bias: t.output_bias,
+        scale,
+        window: t.window,
+        rope,
+    })
+}
+
+fn moe(t: MoeTable) -> Moe {
+    let expert = |intermediate_size, activation, gated| Mlp { intermediate_size, activation, gated, bias: false };
+    Moe {
+        experts: t.experts,
+        top_k: t.top_k,
+        expert: expert(t.intermediate_size, t.activation, t.gated),
+        routing: Routing {
+            score: t.routing.score,
+            correction_bias: t.routing.correction_bias,
+            groups: t.routing.groups,
+            normalize: t.routing.normalize,
+            scale: t.routing.scale,
+        },
+        shared: t.shared.map(|shared| SharedExpert {
+            mlp: expert(shared.intermediate_size, shared.activation, shared.gated),
+            name: shared.name,
+            gate: shared.gate,
+        }),
+    }
+}
+
+/// Evaluates a table and reads it as its type; what does not fit is an error with file, line and key.
+fn table<T: DeserializeOwned>(scope: &Scope, name: &str) -> Result<T> {
+    let template = scope.template();
+    let raw = template.table(name).ok_or_else(|| template.error(Code::TemplateInvalid, name).found("no such table"))?;
+    let value = scope.evaluate(name, &Toml::Table(raw.clone()))?;
+    serde_path_to_error::deserialize(&value).map_err(|e| {
+        let mut path = format!("{name}.{}", e.path()).trim_end_matches(".?").trim_end_matches('.').to_owned();
+        let message = e.inner().to_string();
+        if let Some(field) = message.strip_prefix("unknown field `").and_then(|rest| rest.split('`').next()) {
+            if !path.ends_with(field) {
+                path = format!("{path}.{field}");
+            }
+        }
+        // A field that deserialised itself away is named by its own path already.
+        let found = pointer(&value, path.strip_prefix(name).unwrap_or_default());
+        let found = found.map_or(message.clone(), |value| format!("{value}: {message}"));
+        template.error(Code::TemplateInvalid, &path).found(found)
+    })
+}
+
+fn pointer<'v>(value: &'v Value, path: &str) -> Option<&'v Value> {
+    value.pointer(&path.replace('.', "/")).filter(|value| !value.is_object())
+}
+
+/// Every expression in `[require]` must hold; its key says what is wrong when it does not.
+fn check_requirements(scope: &Scope) -> Result<()> {
+    let template = scope.template();
+    for (reason, expression) in template.table("require").into_iter().flatten() {
+        let value = scope.evaluate("require", expression)?;
+        if !matches!(value, Value::Bool(true)) {
+            return Err(Error::new(Code::ConfigUnsupported, format!("config.json with template {}", template.name))
+                .found(reason)
+                .expected(expression.as_str().unwrap_or_default().trim_start_matches('='))
+                .help("write a template that extends this one, if the setting does not matter to you"));
+        }
+    }
+    Ok(())
+}
+
+/// Sizes that can not be: they would become wrong graphs or divisions by zero further on.
+fn check_sizes(spec: &ModelSpec) -> Result<()> {
+    let odd = |what: &str, found: String| {
+        Err(Error::new(Code::SpecInvalid, format!("template {}: {what}", spec.template))
+            .found(found)
+            .help("check the sizes in config.json"))
+    };
+    if spec.vocab_size == 0 || spec.hidden_size == 0 || spec.layers.is_empty() {
+        return odd(
+            "model",
+            format!("{} layers of {} with {} tokens", spec.layers.len(), spec.hidden_size, spec.vocab_size),
+        );
+    }
+    for (index, layer) in spec.layers.iter().enumerate() {
+        let a = &layer.attention;
+        if a.kv_heads == 0 || a.heads == 0 || a.heads % a.kv_heads != 0 {
+            return odd("attention", format!("{} query heads for {} key heads in layer {index}", a.heads, a.kv_heads));
+        }
+        if a.window == Some(0) || a.key_size == 0 || a.value_size == 0 {
+            return odd("attention", format!("a size of zero in layer {index}"));
+        }
+        if let Some(rope) = a.rope.as_ref().filter(|rope| rope.size > a.key_size) {
+            return odd("rope", format!("{} rotated elements of {} in layer {index}", rope.size, a.key_size));
+        }
+        if let FeedForward::Moe(moe) = &layer.feed_forward {
+            let groups = moe.routing.groups;
+            let split =
+                groups.is_none_or(|g| g.count > 0 && moe.experts % g.count == 0 && g.top <= g.count && g.top > 0);
+            if moe.top_k == 0 || moe.top_k > moe.experts || !split {
+                return odd(
+                    "moe",
+                    format!("{} of {} experts, groups {groups:?}, in layer {index}", moe.top_k, moe.experts),
+                );
+            }
+        }
+    }
+    Ok(())
+}

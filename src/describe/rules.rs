@@ -1,0 +1,247 @@
+//! Tensor rules: from the names of parameters to the names in a checkpoint.
+//!
+//! `{layer}` stands for a layer's index, `{expert}` in a checkpoint's name for all experts, which are stacked,
+//! `{beyond}` for an index behind the last layer, `*` for anything. `{q,k,v}` writes a rule for each of its
+//! members, with the member of the same place on the other side.
+
+use std::collections::BTreeMap;
+
+use serde::Deserialize;
+use toml::Value as Toml;
+
+use super::expression::Scope;
+use super::template::Template;
+use crate::error::{Code, Error, Result};
+use crate::weight::{Split, Weight};
+
+/// A template's `[tensors]` and `[drop]`, ready to be asked.
+#[derive(Debug, Clone)]
+pub struct TensorRules {
+    rules: Vec<Rule>,
+    drops: Vec<(String, String)>,
+    layers: usize,
+}
+
+/// The ways in which a parameter may be stored, first match first, and what they are made of.
+#[derive(Debug, Clone)]
+pub struct Bound {
+    /// Alternatives.
+    pub alternatives: Vec<Weight>,
+}
+
+/// One member of a pattern of parameter names.
+#[derive(Debug, Clone)]
+struct Rule {
+    parameter: String,
+    /// All members of its first group, itself included, for splits.
+    siblings: Vec<String>,
+    index: usize,
+    alternatives: Vec<Recipe>,
+}
+
+/// How a parameter is made from tensors.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Recipe {
+    /// One tensor as it is.
+    tensor: Option<String>,
+    /// Tensors that are joined along `axis`.
+    concat: Option<Vec<String>>,
+    /// A tensor that holds all members of the parameter's group along `axis`.
+    split: Option<String>,
+    /// Blocks of the split.
+    groups: Option<usize>,
+    /// Axis of `concat` or `split`, after experts are stacked.
+    #[serde(default)]
+    axis: usize,
+    /// Transforms that follow, by name.
+    #[serde(default)]
+    apply: Vec<Transform>,
+}
+
+/// Transforms by the names that templates use.
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Transform {
+    Transpose,
+    AddOne,
+}
+
+impl TensorRules {
+    /// The rules of a template for a configuration.
+    pub(super) fn new(scope: &Scope, layers: usize) -> Result<Self> {
+        let template = scope.template();
+        let mut rules = Vec::new();
+        for (pattern, value) in template.table("tensors").into_iter().flatten() {
+            let path = format!("tensors.{pattern}");
+            let values = match value {
+                Toml::Array(values) => values.clone(),
+                other => vec![other.clone()],
+            };
+            let members = members(pattern);
+            for (index, parameter) in members.iter().enumerate() {
+                let recipe = |value: &Toml| recipe(scope, template, &path, value, index, members.len());
+                let alternatives = values.iter().map(recipe).collect::<Result<_>>()?;
+                rules.push(Rule { parameter: parameter.clone(), siblings: members.clone(), index, alternatives });
+            }
+        }
+        let mut drops = Vec::new();
+        for (pattern, reason) in template.table("drop").into_iter().flatten() {
+            drops.push((pattern.clone(), reason.as_str().unwrap_or_default().to_owned()));
+        }
+        Ok(Self { rules, drops, layers })
+    }
+
+    /// How a parameter may be stored. Without a rule it has its own name in the checkpoint.
+    pub fn bind(&self, parameter: &str, shapes: &BTreeMap<String, Vec<usize>>) -> Result<Bound> {
+        let matched = self.rules.iter().find_map(|rule| self.matches(&rule.parameter, parameter).map(|c| (rule, c)));
+        let Some((rule, captures)) = matched else {
+            return Ok(Bound { alternatives: vec![Weight::source(parameter)] });
+        };
+        let alternatives = rule.alternatives.iter().map(|recipe| {
+            let sizes = |axis: usize| {
+                let size = |sibling: &String| {
+                    let name = fill(sibling, &captures);
+                    shapes.get(&name).and_then(|shape| shape.get(axis)).copied()
+                };
+                rule.siblings.iter().map(size).collect::<Option<Vec<usize>>>()
+            };
+            let experts = shapes.get(parameter).and_then(|shape| shape.first()).copied().unwrap_or(0);
+            recipe
+                .weight(&captures, experts, rule.index, sizes)
+                .map_err(|found| Error::new(Code::TemplateInvalid, format!("tensors.{}", rule.parameter)).found(found))
+        });
+        Ok(Bound { alternatives: alternatives.collect::<Result<_>>()? })
+    }
+
+    /// Why a tensor that nothing takes may be left out.
+    pub fn drop_reason(&self, tensor: &str) -> Option<&str> {
+        let found = self.drops.iter().find(|(pattern, _)| self.matches(pattern, tensor).is_some());
+        found.map(|(_, reason)| reason.as_str())
+    }
+
+    /// What the placeholders of a pattern stand for in a name, if it fits.
+    fn matches(&self, pattern: &str, name: &str) -> Option<BTreeMap<String, String>> {
+        let mut captures = BTreeMap::new();
+        matches(pattern, name, &mut captures).then_some(())?;
+        let index = |key: &str| captures.get(key).map(|text| text.parse::<usize>().ok());
+        let fits = match (index("layer"), index("beyond")) {
+            (Some(layer), _) => layer.is_some_and(|layer| layer < self.layers),
+            (None, Some(beyond)) => beyond.is_some_and(|beyond| beyond >= self.layers),
+            (None, None) => true,
+        };
+        fits.then_some(captures)
+    }
+}
+
+impl Recipe {
+    fn weight(
+        &self,
+        captures: &BTreeMap<String, String>,
+        experts: usize,
+        index: usize,
+        sizes: impl Fn(usize) -> Option<Vec<usize>>,
+    ) -> std::result::Result<Weight, String> {
+        // A name with {expert} stands for one tensor per expert, stacked.
+        let source = |name: &String| {
+            let name = fill(name, captures);
+            if !name.contains("{expert}") {
+                return Weight::Source(name);
+            }
+            let each = |expert: usize| Weight::Source(name.replace("{expert}", &expert.to_string()));
+            Weight::Stack((0..experts).map(each).collect())
+        };
+        let mut weight = match (&self.tensor, &self.concat, &self.split) {
+            (Some(name), None, None) => source(name),
+            (None, Some(names), None) => Weight::Concat(self.axis, names.iter().map(source).collect()),
+            (None, None, Some(name)) => {
+                let sizes = sizes(self.axis).ok_or("a split between parameters that this model does not have")?;
+                let split = Split { axis: self.axis, groups: self.groups.unwrap_or(1), sizes, index };
+                Weight::Split(split, Box::new(source(name)))
+            }
+            _ => return Err("one of tensor, concat and split is wanted".to_owned()),
+        };
+        for transform in &self.apply {
+            weight = match transform {
+                Transform::Transpose => Weight::Transpose(Box::new(weight)),
+                Transform::AddOne => Weight::AddOne(Box::new(weight)),
+            };
+        }
+        Ok(weight)
+    }
+}
+
+fn recipe(scope: &Scope, template: &Template, path: &str, value: &Toml, index: usize, count: usize) -> Result<Recipe> {
+    let value = scope.evaluate(path, value)?;
+    let mut recipe: Recipe = match value {
+        serde_json::Value::String(name) => {
+            Recipe { tensor: Some(name), concat: None, split: None, groups: None, axis: 0, apply: Vec::new() }
+        }
+        other => serde_json::from_value(other).map_err(|e| template.error(Code::TemplateInvalid, path).found(e))?,
+    };
+    let names = recipe.tensor.iter_mut().chain(recipe.concat.iter_mut().flatten()).chain(recipe.split.iter_mut());
+    for name in names {
+        let options = members(name);
+        let chosen =
+            if options.len() == count { options.get(index) } else { options.first().filter(|_| options.len() == 1) };
+        *name = chosen.cloned().ok_or_else(|| {
+            template
+                .error(Code::TemplateInvalid, path)
+                .found(format!("{} names in {name} for {count} parameters", options.len()))
+        })?;
+    }
+    Ok(recipe)
+}
+
+/// `a.{x,y}.b` -> `a.x.b`, `a.y.b`; placeholders such as `{layer}` are kept.
+fn members(pattern: &str) -> Vec<String> {
+    let groups = pattern.match_indices('{').filter_map(|(start, _)| {
+        let end = start + pattern.get(start..)?.find('}')?;
+        let inner = pattern.get(start + 1..end)?;
+        inner.contains(',').then_some((start, end, inner))
+    });
+    let Some((start, end, inner)) = groups.into_iter().next() else {
+        return vec![pattern.to_owned()];
+    };
+    let (before, after) = (pattern.get(..start).unwrap_or_default(), pattern.get(end + 1..).unwrap_or_default());
+    inner.split(',').flat_map(|member| members(&format!("{before}{}{after}", member.trim()))).collect()
+}
+
+fn fill(pattern: &str, captures: &BTreeMap<String, String>) -> String {
+    captures.iter().fold(pattern.to_owned(), |name, (key, value)| name.replace(&format!("{{{key}}}"), value))
+}
+
+fn matches(pattern: &str, name: &str, captures: &mut BTreeMap<String, String>) -> bool {
+    let special = pattern.find(['{', '*']);
+    let Some(at) = special else { return pattern == name };
+    let (literal, rest) = pattern.split_at(at);
+    let Some(name) = name.strip_prefix(literal) else { return false };
+    if rest.starts_with('*') {
+        return true;
+    }
+    let Some((key, rest)) = rest.get(1..).and_then(|rest| rest.split_once('}')) else { return false };
+    let digits = name.len() - name.trim_start_matches(|c: char| c.is_ascii_digit()).len();
+    if digits == 0 {
+        return false;
+    }
+    let (value, name) = name.split_at(digits);
+    captures.insert(key.to_owned(), value.to_owned());
+    matches(rest, name, captures)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patterns() {
+        let mut captures = BTreeMap::new();
+        assert!(matches("a.{layer}.b.{expert}.c", "a.12.b.3.c", &mut captures));
+        assert_eq!(captures["layer"], "12");
+        assert_eq!(captures["expert"], "3");
+        assert!(!matches("a.{layer}.b", "a.x.b", &mut BTreeMap::new()));
+        assert!(matches("a.{beyond}.*", "a.61.anything.at.all", &mut BTreeMap::new()));
+        assert_eq!(members("m.{q,k}_proj.{layer}"), ["m.q_proj.{layer}", "m.k_proj.{layer}"]);
+        assert_eq!(members("plain.{layer}"), ["plain.{layer}"]);
+    }
+}
