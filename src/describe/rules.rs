@@ -72,7 +72,7 @@ impl TensorRules {
     pub(super) fn new(scope: &Scope, layers: usize) -> Result<Self> {
         let template = scope.template();
         let mut rules = Vec::new();
-        for (pattern, value) in template.table("tensors").into_iter().flatten() {
+        for (pattern, value) in template.tensors.iter().flatten() {
             let path = format!("tensors.{pattern}");
             let values = match value {
                 Toml::Array(values) => values.clone(),

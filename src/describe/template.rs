@@ -45,6 +45,8 @@ pub struct Template {
     pub ancestors: Vec<String>,
     /// The merged tables.
     pub(super) tables: Table,
+    /// `[tensors]` of each file, the template's own first: the nearest rule for a name holds.
+    pub(super) tensors: Vec<Table>,
     /// Name and text of each file that went in, the template's own first.
     sources: Vec<(String, String)>,
 }
@@ -109,13 +111,15 @@ impl Template {
             chain.push(parse_file(common, text)?);
             sources.push((common.to_owned(), text.to_owned()));
         }
+        let rules = chain.iter_mut().filter_map(|table| table.remove("tensors"));
+        let tensors = rules.filter_map(|rules| rules.try_into().ok()).collect();
         let mut tables = Table::new();
         for table in chain.into_iter().rev() {
             merge(&mut tables, table);
         }
         let summary = text.lines().take_while(|line| line.starts_with('#'));
         let summary = summary.map(|line| line.trim_start_matches(['#', ' '])).collect::<Vec<_>>().join(" ");
-        Ok(Self { name: name.to_owned(), model_types, summary, ancestors, tables, sources })
+        Ok(Self { name: name.to_owned(), model_types, summary, ancestors, tables, tensors, sources })
     }
 
     /// A table of the template; an empty one if it is not there.
@@ -137,6 +141,7 @@ impl Template {
     pub(super) fn expressions(&self) -> BTreeSet<String> {
         let mut found = BTreeSet::new();
         collect(&Value::Table(self.tables.clone()), &mut found);
+        self.tensors.iter().for_each(|rules| collect(&Value::Table(rules.clone()), &mut found));
         found
     }
 }
