@@ -11,6 +11,7 @@ pub mod lower;
 pub mod onnx;
 pub mod opset;
 pub mod read;
+pub mod runtime;
 pub mod spec;
 pub mod weight;
 pub mod write;
