@@ -1,0 +1,175 @@
+//! Verification without a reference: every way of running a model has to give what the full run gives.
+
+use std::path::Path;
+
+use rand::{Rng as _, SeedableRng as _};
+use rand_chacha::ChaCha8Rng;
+
+use super::metrics::Logits;
+use super::report::{Kind, Outcome, Report};
+use super::scenario::{Continuation, Prompt, Scenario, compare_rows, continue_greedily, run, run_rows_alone};
+use super::{GREEDY_TOKENS, Options, divergence, failed, folder_of, judge_greedy, judged, perplexity};
+use crate::error::{Code, Error, Result};
+use crate::session::{Decoder, IntMatrix};
+use crate::tokenizer::Tokenizer;
+
+/// Length of the longest row; longer where a window could be shorter than the prompt only then.
+const COLUMNS: usize = 24;
+/// Padding of the rows.
+const PADDING: [usize; 3] = [0, 5, 11];
+/// The longest window that a prompt is made longer for.
+const LONGEST_WINDOW: usize = 256;
+
+/// Everything that one model computed.
+struct Results {
+    scenarios: Vec<(Scenario, Result<Logits>)>,
+    greedy: Result<Continuation>,
+}
+
+/// Compares cached, chunked and padded runs of a model with its full run, and all of them with another lowering's.
+pub fn consistency(model: &Path, other: Option<&Path>, options: &Options) -> Result<Report> {
+    let mut decoder = Decoder::open(model, &options.session(false))?;
+    let tolerance = options.tolerance(decoder.element());
+    let prompt = random_prompt(folder_of(model))?;
+    let own = run_rows_alone(&mut decoder, &prompt)?.logits;
+    let recomputed = continue_greedily(&mut decoder, &prompt, GREEDY_TOKENS, false);
+    let results = run_all(&mut decoder, &prompt);
+    let element = decoder.element();
+    let mut report = Report {
+        kind: Kind::Consistency,
+        model: decoder.file().to_path_buf(),
+        reference: other.map(Path::to_path_buf),
+        element,
+        tolerance,
+        scenarios: Vec::new(),
+        perplexity: Vec::new(),
+        divergence: None,
+        notes: Vec::new(),
+    };
+    for (scenario, got) in results.scenarios.iter().filter(|(s, _)| *s != Scenario::Prefill) {
+        report.scenarios.push(against(scenario.name(), "full run", got, &own, &prompt, *scenario, tolerance));
+    }
+    report.scenarios.push(greedy("greedy", "full run", &results.greedy, &recomputed, &report));
+    if let Some(text) = &options.text {
+        let tokenizer = Tokenizer::open(folder_of(model))?;
+        report.perplexity.push(perplexity::measure(&mut decoder, &tokenizer, text, None, tolerance)?);
+    }
+    drop(decoder);
+    if let Some(other) = other {
+        compare_with(other, &results, &prompt, options, &mut report)?;
+    }
+    if !report.holds() {
+        find_divergence(model, other, &prompt, options, &mut report);
+    }
+    Ok(report)
+}
+
+fn run_all(decoder: &mut Decoder, prompt: &Prompt) -> Results {
+    let scenarios = Scenario::ALL.into_iter().map(|s| (s, run(decoder, prompt, s).map(|r| r.logits))).collect();
+    Results { scenarios, greedy: continue_greedily(decoder, prompt, GREEDY_TOKENS, true) }
+}
+
+/// Adds a comparison of every scenario with the same scenario of another lowering.
+fn compare_with(
+    other: &Path,
+    results: &Results,
+    prompt: &Prompt,
+    options: &Options,
+    report: &mut Report,
+) -> Result<()> {
+    let mut decoder = Decoder::open(other, &options.session(false))?;
+    let theirs = run_all(&mut decoder, prompt);
+    for ((scenario, got), (_, want)) in results.scenarios.iter().zip(&theirs.scenarios) {
+        let name = format!("{}, primitive", scenario.name());
+        report.scenarios.push(match want {
+            Ok(want) => against(&name, "primitive", got, want, prompt, *scenario, report.tolerance),
+            Err(error) => failed(&name, "primitive", error),
+        });
+    }
+    let outcome = greedy("greedy, primitive", "primitive", &results.greedy, &theirs.greedy, report);
+    report.scenarios.push(outcome);
+    Ok(())
+}
+
+fn against(
+    name: &str,
+    whom: &str,
+    got: &Result<Logits>,
+    want: &Logits,
+    prompt: &Prompt,
+    scenario: Scenario,
+    tolerance: f64,
+) -> Outcome {
+    match got {
+        Ok(got) => judged(name, whom, compare_rows(got, want, prompt, scenario.rows(prompt)), tolerance),
+        Err(error) => failed(name, whom, error),
+    }
+}
+
+fn greedy(name: &str, whom: &str, got: &Result<Continuation>, want: &Result<Continuation>, report: &Report) -> Outcome {
+    match (got, want) {
+        (Ok(got), Ok(want)) => judge_greedy(name, whom, got, &want.ids, &want.logits, report.element, report.tolerance),
+        (Err(error), _) | (_, Err(error)) => failed(name, whom, error),
+    }
+}
+
+/// Names the first layer that departs: from the other lowering if that is what failed, else from the full run.
+fn find_divergence(model: &Path, other: Option<&Path>, prompt: &Prompt, options: &Options, report: &mut Report) {
+    let fails = |s: &Scenario| report.failures().iter().any(|f| f.split(',').next() == Some(s.name()));
+    let scenario = Scenario::ALL.into_iter().find(fails).unwrap_or(Scenario::Prefill);
+    let with_other = report.scenarios.iter().any(|o| {
+        o.against == "primitive" && o.verdict == super::Verdict::Fails && o.scenario.starts_with(scenario.name())
+    });
+    let find = || -> Result<super::Divergence> {
+        let mut decoder = Decoder::open(model, &options.session(true))?;
+        let got = run(&mut decoder, prompt, scenario)?;
+        if let Some(other) = other.filter(|_| with_other) {
+            drop(decoder);
+            let want = run(&mut Decoder::open(other, &options.session(true))?, prompt, scenario)?;
+            return Ok(divergence::between(
+                &got,
+                &want,
+                prompt,
+                scenario,
+                "the primitive lowering's",
+                report.tolerance,
+            ));
+        }
+        let want = run_rows_alone(&mut decoder, prompt)?;
+        Ok(divergence::between(&got, &want, prompt, scenario, "the full run's", report.tolerance))
+    };
+    match find() {
+        Ok(divergence) => report.divergence = Some(divergence),
+        Err(error) => report.notes.push(format!("the model did not run with its hidden states: {error}")),
+    }
+}
+
+/// Three rows of tokens drawn from the model's vocabulary, the same for each run.
+fn random_prompt(folder: &Path) -> Result<Prompt> {
+    let path = folder.join("config.json");
+    let text = std::fs::read(&path).map_err(|e| Error::io(&path, &e))?;
+    let config: serde_json::Value = serde_json::from_slice(&text)
+        .map_err(|e| Error::new(Code::ConfigInvalid, path.display()).found(e).expected("JSON"))?;
+    let number = |key: &str| {
+        let value = config.get(key).or_else(|| config.get("text_config")?.get(key));
+        value.and_then(serde_json::Value::as_i64).filter(|n| *n > 0)
+    };
+    let vocabulary = number("vocab_size").ok_or_else(|| {
+        Error::new(Code::ConfigMissingKey, format!("{}: vocab_size", path.display()))
+            .expected("the size of the vocabulary")
+    })?;
+    let window = number("sliding_window").and_then(|w| usize::try_from(w).ok()).filter(|w| *w <= LONGEST_WINDOW);
+    let columns = window.map_or(COLUMNS, |w| COLUMNS.max(w + 8));
+    let mut random = ChaCha8Rng::seed_from_u64(0);
+    let (mut ids, mut mask, mut positions) = (Vec::new(), Vec::new(), Vec::new());
+    for padding in PADDING {
+        for column in 0..columns {
+            let position = column.checked_sub(padding);
+            ids.push(random.random_range(0..vocabulary));
+            mask.push(i64::from(position.is_some()));
+            positions.push(i64::try_from(position.unwrap_or(0)).unwrap_or(0));
+        }
+    }
+    let matrix = |data| IntMatrix { rows: PADDING.len(), columns, data };
+    Ok(Prompt { ids: matrix(ids), mask: matrix(mask), positions: matrix(positions) })
+}

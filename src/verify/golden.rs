@@ -1,0 +1,156 @@
+//! Verification against a golden.
+
+use std::path::Path;
+
+use super::metrics::{Comparison, Logits};
+use super::report::{Kind, Outcome, Perplexity, Report, Verdict};
+use super::scenario::{Prompt, Scenario, compare_rows, continue_greedily, run, steps_of};
+use super::{GREEDY_TOKENS, Options, divergence, failed, folder_of, judge_greedy, judged, perplexity};
+use crate::error::Result;
+use crate::golden::Golden;
+use crate::session::{Decoder, Floats};
+use crate::tokenizer::Tokenizer;
+
+/// Runs every scenario and compares it with what the reference computed.
+pub fn against_golden(model: &Path, golden: &Golden, options: &Options) -> Result<Report> {
+    let mut decoder = Decoder::open(model, &options.session(false))?;
+    let tolerance = options.tolerance(decoder.element());
+    let prompt = Prompt {
+        ids: golden.input_ids.clone(),
+        mask: golden.attention_mask.clone(),
+        positions: golden.position_ids.clone(),
+    };
+    let mut report = Report {
+        kind: Kind::Golden,
+        model: decoder.file().to_path_buf(),
+        reference: Some(golden.path.clone()),
+        element: decoder.element(),
+        tolerance,
+        scenarios: Vec::new(),
+        perplexity: Vec::new(),
+        divergence: None,
+        notes: Vec::new(),
+    };
+    let reference = Logits::from_tensor(&golden.logits);
+    for scenario in Scenario::ALL {
+        let outcome = check(&mut decoder, golden, &reference, &prompt, scenario, tolerance);
+        report.scenarios.push(outcome.unwrap_or_else(|e| failed(scenario.name(), "golden", &e)));
+    }
+    report.scenarios.extend(check_greedy(&mut decoder, golden, &prompt, tolerance));
+    check_texts(&mut decoder, model, golden, options, &mut report)?;
+    drop(decoder);
+    if !report.holds() {
+        find_divergence(model, golden, &prompt, options, &mut report);
+    }
+    Ok(report)
+}
+
+/// One scenario: by the full pass, and where the reference's own cached run is another, by whichever is closer.
+fn check(
+    decoder: &mut Decoder,
+    golden: &Golden,
+    reference: &Logits,
+    prompt: &Prompt,
+    scenario: Scenario,
+    tolerance: f64,
+) -> Result<Outcome> {
+    let rows = scenario.rows(prompt);
+    let got = run(decoder, prompt, scenario)?.logits;
+    let full = compare_rows(&got, reference, prompt, rows);
+    let cached = match scenario {
+        Scenario::Decode => golden.logits_steps.as_ref(),
+        Scenario::Chunks => golden.logits_chunks.as_ref(),
+        _ => None,
+    };
+    let cached_differs = golden.logits_steps.is_some() || golden.logits_chunks.is_some();
+    if let Some(other) = cached.and_then(|t: &Floats| compare_rows(&got, &Logits::from_tensor(t), prompt, rows)) {
+        if full.is_none_or(|f| closer(&other, &f)) {
+            let mut outcome = judged(scenario.name(), "golden, cached", Some(other), tolerance);
+            outcome.note = Some("compared with the reference's cached run, which differs from its full pass".into());
+            return Ok(outcome);
+        }
+    } else if scenario == Scenario::BatchDecode && cached_differs && full.is_some_and(|f| f.max > tolerance) {
+        return check_row_of_batch(decoder, prompt, &got, tolerance);
+    }
+    Ok(judged(scenario.name(), "golden", full, tolerance))
+}
+
+fn closer(this: &Comparison, that: &Comparison) -> bool {
+    that.max.is_nan() || this.max < that.max
+}
+
+/// A cached batch of a model whose cached run differs from its full pass has no reference in the golden.
+/// What must hold all the same: the first row, which has no padding, comes out as it does alone in the same pieces.
+fn check_row_of_batch(decoder: &mut Decoder, prompt: &Prompt, got: &Logits, tolerance: f64) -> Result<Outcome> {
+    let alone = super::scenario::run_in_pieces_alone(decoder, prompt, Scenario::BatchDecode)?;
+    let comparison = compare_rows(got, &alone.logits, prompt, 1);
+    let mut outcome = judged(Scenario::BatchDecode.name(), "own first row", comparison, tolerance);
+    outcome.note = Some(
+        "the reference's cached run differs from its full pass, and the golden has none for a batch: \
+                         the first row is compared with its own run alone"
+            .into(),
+    );
+    Ok(outcome)
+}
+
+fn check_greedy(decoder: &mut Decoder, golden: &Golden, prompt: &Prompt, tolerance: f64) -> Option<Outcome> {
+    let ids = golden.greedy_ids.as_ref()?.get(prompt.ids.columns..)?;
+    let logits = golden.greedy_logits.as_ref().map(steps_of).unwrap_or_default();
+    let count = ids.len().min(GREEDY_TOKENS);
+    Some(match continue_greedily(decoder, prompt, count, true) {
+        Ok(got) => judge_greedy("greedy", "golden", &got, ids, &logits, decoder.element(), tolerance),
+        Err(error) => failed("greedy", "golden", &error),
+    })
+}
+
+/// The text that the golden was scored on, and the user's.
+fn check_texts(
+    decoder: &mut Decoder,
+    model: &Path,
+    golden: &Golden,
+    options: &Options,
+    report: &mut Report,
+) -> Result<()> {
+    let folders = [folder_of(model), golden.path.parent().unwrap_or(model)];
+    let own = folders.iter().find(|f| f.join("tokenizer.json").is_file()).copied();
+    let tolerance = report.tolerance;
+    if let Some((text, nll)) = golden.evaluation() {
+        let measured: Option<Result<Perplexity>> = own
+            .filter(|_| text.is_file())
+            .map(|folder| perplexity::measure(decoder, &Tokenizer::open(folder)?, &text, Some(nll), tolerance));
+        match measured {
+            Some(Ok(measured)) => report.perplexity.push(measured),
+            Some(Err(error)) => {
+                report.notes.push(format!("perplexity was not checked: {}: {}", error.subject, error.found))
+            }
+            None => {
+                report.notes.push(format!("perplexity was not checked: needs {} and a tokenizer.json", text.display()))
+            }
+        }
+    }
+    if let Some(text) = &options.text {
+        let tokenizer = Tokenizer::open(own.unwrap_or(folder_of(model)))?;
+        report.perplexity.push(perplexity::measure(decoder, &tokenizer, text, None, tolerance)?);
+    }
+    Ok(())
+}
+
+/// Names the first layer that departs in the first scenario that failed.
+fn find_divergence(model: &Path, golden: &Golden, prompt: &Prompt, options: &Options, report: &mut Report) {
+    let fails = |s: &Scenario| {
+        report.scenarios.iter().any(|o| o.scenario == s.name() && o.verdict == Verdict::Fails && o.comparison.is_some())
+    };
+    let scenario = Scenario::ALL.into_iter().find(fails).unwrap_or(Scenario::Prefill);
+    if report.scenarios.iter().any(|o| o.scenario == scenario.name() && o.against == "golden, cached") {
+        report
+            .notes
+            .push("the golden's hidden states are those of the full pass: the departing layer is not named".into());
+        return;
+    }
+    let found = Decoder::open(model, &options.session(true))
+        .and_then(|mut decoder| divergence::against_golden(&mut decoder, golden, prompt, scenario, report.tolerance));
+    match found {
+        Ok(divergence) => report.divergence = Some(divergence),
+        Err(error) => report.notes.push(format!("the model did not run with its hidden states: {error}")),
+    }
+}

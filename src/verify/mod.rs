@@ -1,0 +1,151 @@
+//! Verification: a built model is run in onnxruntime and compared with what the reference computed, or, where there is
+//! no reference, with itself run in other ways. A report never claims more than the kind of comparison that was made.
+
+mod consistency;
+mod divergence;
+mod golden;
+pub mod metrics;
+mod perplexity;
+mod report;
+pub mod scenario;
+
+use std::path::{Path, PathBuf};
+
+use crate::element::ElementType;
+use crate::session;
+
+pub use consistency::consistency;
+pub use golden::against_golden;
+pub use report::{Divergence, Greedy, Kind, Outcome, Perplexity, Report, Verdict};
+
+use metrics::{Comparison, compare};
+use scenario::Continuation;
+
+/// Tokens that a greedy continuation is checked for.
+const GREEDY_TOKENS: usize = 16;
+
+/// How to verify.
+#[derive(Debug, Clone, Default)]
+pub struct Options {
+    /// Threads for onnxruntime; 0 lets it choose.
+    pub threads: usize,
+    /// A text whose perplexity is measured too.
+    pub text: Option<PathBuf>,
+    /// Replaces the tolerance of the model's element type.
+    pub tolerance: Option<f64>,
+}
+
+impl Options {
+    fn session(&self, hidden_states: bool) -> session::Options {
+        session::Options { threads: self.threads, hidden_states }
+    }
+
+    fn tolerance(&self, element: ElementType) -> f64 {
+        self.tolerance.unwrap_or_else(|| tolerance(element))
+    }
+}
+
+/// The largest difference that is no error, relative to the largest reference logit.
+///
+/// Correct float32 graphs agree to about 1e-6; float16 rounds each intermediate value to 5e-4.
+pub fn tolerance(element: ElementType) -> f64 {
+    match element {
+        ElementType::F16 => 2e-3,
+        _ => 1e-4,
+    }
+}
+
+/// The folder of a directory or of a file in one.
+fn folder_of(model: &Path) -> &Path {
+    if model.is_dir() { model } else { model.parent().unwrap_or(model) }
+}
+
+/// An outcome from differences alone.
+fn judged(scenario: &str, against: &str, comparison: Option<Comparison>, tolerance: f64) -> Outcome {
+    Outcome {
+        scenario: scenario.into(),
+        against: against.into(),
+        comparison,
+        greedy: None,
+        verdict: comparison.map_or(Verdict::NotCompared, |c| Verdict::of(c.max, tolerance)),
+        note: comparison.is_none().then(|| "no position's logits could be compared".into()),
+    }
+}
+
+/// An outcome for a scenario that did not run.
+fn failed(scenario: &str, against: &str, error: &crate::error::Error) -> Outcome {
+    Outcome {
+        scenario: scenario.into(),
+        against: against.into(),
+        comparison: None,
+        greedy: None,
+        verdict: Verdict::Fails,
+        note: Some(error.to_string()),
+    }
+}
+
+/// Judges a greedy continuation: the tokens exactly, but in float16 two logits closer than the tolerance may change places.
+fn judge_greedy(
+    name: &str,
+    against: &str,
+    got: &Continuation,
+    want_ids: &[i64],
+    want_logits: &[Vec<f32>],
+    element: ElementType,
+    tolerance: f64,
+) -> Outcome {
+    let of = got.ids.len().min(want_ids.len());
+    let matched = got.ids.iter().zip(want_ids).take(of).take_while(|(g, w)| g == w).count();
+    // The step of the first difference still has the same tokens before it.
+    let same = (matched + 1).min(of);
+    let pairs = got.logits.iter().zip(want_logits).take(same);
+    let comparison = compare(pairs.map(|(g, w)| (g.as_slice(), w.as_slice())));
+    let margin = (matched < of).then(|| margin(got, want_ids, want_logits, matched)).flatten();
+    let close = comparison.is_none_or(|c| c.max <= tolerance);
+    let tie = element == ElementType::F16 && margin.is_some_and(|m| m < tolerance);
+    let (verdict, note) = match (matched == of, close, tie) {
+        (_, false, _) => (Verdict::Fails, None),
+        (true, true, _) => (Verdict::Holds, None),
+        (false, true, true) => (
+            Verdict::NearTie,
+            margin.map(|m| format!("token {matched} is a near tie: the two logits are {m:.1e} apart")),
+        ),
+        (false, true, false) => (
+            Verdict::Fails,
+            margin.map(|m| format!("token {matched} differs; the reference's two logits are {m:.1e} apart")),
+        ),
+    };
+    let greedy = Some(Greedy { matched, of, margin });
+    Outcome { scenario: name.into(), against: against.into(), comparison, greedy, verdict, note }
+}
+
+/// How much higher the reference puts its own token than the model's at a step, relative to the largest logit.
+fn margin(got: &Continuation, want_ids: &[i64], want_logits: &[Vec<f32>], step: usize) -> Option<f64> {
+    let logits = want_logits.get(step)?;
+    let of = |id: &i64| logits.get(usize::try_from(*id).ok()?).copied().map(f64::from);
+    let largest = want_logits.iter().flatten().fold(0.0_f32, |m, l| m.max(l.abs()));
+    Some((of(want_ids.get(step)?)? - of(got.ids.get(step)?)?) / f64::from(if largest > 0.0 { largest } else { 1.0 }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn judge(got: &[f32], want: &[f32], element: ElementType) -> Outcome {
+        let id = |l: &[f32]| vec![i64::try_from(metrics::argmax(l)).unwrap()];
+        let continuation = Continuation { ids: id(got), logits: vec![got.to_vec()] };
+        judge_greedy("greedy", "golden", &continuation, &id(want), &[want.to_vec()], element, tolerance(element))
+    }
+
+    #[test]
+    fn a_flip_between_near_equal_logits_is_a_near_tie_in_float16_and_an_error_in_float32() {
+        let (got, want) = ([1.0005_f32, 1.0], [1.0_f32, 1.0004]);
+        let half = judge(&got, &want, ElementType::F16);
+        assert_eq!(half.verdict, Verdict::NearTie);
+        assert!((half.greedy.unwrap().margin.unwrap() - 4e-4).abs() < 1e-6);
+        assert_eq!(judge(&[1.00001, 1.0], &[1.0, 1.00001], ElementType::F32).verdict, Verdict::Fails);
+        assert_eq!(judge(&[1.0, 0.5], &[1.0, 0.5], ElementType::F32).verdict, Verdict::Holds);
+        // The same token from logits that are far off is no agreement.
+        assert_eq!(judge(&[1.1, 0.5], &[1.0, 0.5], ElementType::F16).verdict, Verdict::Fails);
+    }
+}
