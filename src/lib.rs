@@ -6,6 +6,7 @@ pub mod compile;
 pub mod describe;
 pub mod element;
 pub mod error;
+pub mod generate;
 pub mod golden;
 pub mod graph;
 pub mod lower;
