@@ -2,6 +2,7 @@
 
 pub mod bind;
 pub mod build;
+pub mod cli;
 pub mod compile;
 pub mod describe;
 pub mod element;

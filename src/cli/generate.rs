@@ -1,0 +1,150 @@
+//! `hf2onnx generate`.
+
+use std::hash::{BuildHasher as _, Hasher as _};
+use std::path::PathBuf;
+
+use clap::Args;
+use serde_json::json;
+
+use super::{Output, RuntimeOption};
+use crate::error::{Code, Error, Result};
+use crate::generate::chat::ChatTemplate;
+use crate::generate::defaults::Defaults;
+use crate::generate::sampling::Sampling;
+use crate::generate::{Generated, Settings, generate};
+use crate::session::{Decoder, Options};
+use crate::tokenizer::Tokenizer;
+
+/// New tokens when neither the user nor the model says how many.
+const NEW_TOKENS: usize = 256;
+
+/// Continue a text with a built model.
+///
+/// Tokens are the likeliest ones, unless generation_config.json or an option asks for sampling. The prompt and its
+/// continuation go to stdout as they come, the speed goes to stderr.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  hf2onnx generate out/kjv --prompt \"In the beginning\" --max-new-tokens 40\n  \
+    hf2onnx generate out/qwen --chat --prompt \"Why is the sky blue?\" --temperature 0.7 --seed 1")]
+pub(super) struct Generate {
+    /// A directory that `hf2onnx build` wrote
+    dir: PathBuf,
+    /// The text to continue, or the message to answer
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    prompt: String,
+    /// Put the prompt into the model's chat template
+    #[arg(long)]
+    chat: bool,
+    /// Longest continuation in tokens [default: the model's own, or 256]
+    #[arg(long, value_name = "N")]
+    max_new_tokens: Option<usize>,
+    /// Sample, with logits divided by this; 0 takes the likeliest token
+    #[arg(long, value_name = "T", value_parser = at_least_zero)]
+    temperature: Option<f32>,
+    /// Sample among the likeliest tokens whose probabilities add up to this
+    #[arg(long, value_name = "P", value_parser = share)]
+    top_p: Option<f32>,
+    /// Sample among this many of the likeliest tokens; 0 is all
+    #[arg(long, value_name = "K")]
+    top_k: Option<usize>,
+    /// Where the random numbers start [default: another one each time]
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
+    /// Threads within an operator [default: as many as cores]
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    threads: usize,
+    #[command(flatten)]
+    runtime: RuntimeOption,
+}
+
+fn at_least_zero(text: &str) -> Result<f32, String> {
+    text.parse().ok().filter(|t: &f32| t.is_finite() && *t >= 0.0).ok_or_else(|| "not a number from 0 up".into())
+}
+
+fn share(text: &str) -> Result<f32, String> {
+    text.parse().ok().filter(|p| (0.0..=1.0).contains(p)).ok_or_else(|| "not a number from 0 to 1".into())
+}
+
+impl Generate {
+    /// Runs the command.
+    pub(super) fn run(self, output: &mut Output) -> Result<()> {
+        if !self.dir.is_dir() {
+            return Err(Error::new(Code::Io, self.dir.display())
+                .found("no such directory")
+                .expected("a directory that `hf2onnx build` wrote"));
+        }
+        let tokenizer = Tokenizer::open(&self.dir)?;
+        let (text, prompt) = self.prompt_tokens(&tokenizer)?;
+        let defaults = Defaults::read(&self.dir)?;
+        let settings = self.settings(&defaults, prompt.len())?;
+        self.runtime.ensure(output)?;
+        let mut decoder = Decoder::open(&self.dir, &Options { threads: self.threads, hidden_states: false })?;
+        if !output.is_json() && !self.chat {
+            output.piece(&text);
+        }
+        let generated = generate(&mut decoder, &tokenizer, &prompt, &settings, &mut |piece| {
+            if !output.is_json() {
+                output.piece(piece);
+            }
+            !output.is_closed()
+        })?;
+        if output.is_json() {
+            return output.value(&json!({ "prompt": text, "seed": settings.sampling.seed, "generated": generated }));
+        }
+        output.line("");
+        output.say(&speed(&generated));
+        Ok(())
+    }
+
+    /// The prompt as the model gets it, and its tokens.
+    fn prompt_tokens(&self, tokenizer: &Tokenizer) -> Result<(String, Vec<u32>)> {
+        if !self.chat {
+            return Ok((self.prompt.clone(), tokenizer.encode(&self.prompt, true)?));
+        }
+        let messages = json!([{ "role": "user", "content": self.prompt }]);
+        let text = ChatTemplate::open(&self.dir)?.render(&messages)?;
+        // The template writes the special tokens itself.
+        let tokens = tokenizer.encode(&text, false)?;
+        Ok((text, tokens))
+    }
+
+    /// The options, with what the model says where they are left out.
+    fn settings(&self, defaults: &Defaults, prompt: usize) -> Result<Settings> {
+        let sample = match self.temperature {
+            Some(temperature) => temperature > 0.0,
+            None => self.top_p.is_some() || self.top_k.is_some() || defaults.sample,
+        };
+        let repetition_penalty = defaults.repetition_penalty.unwrap_or(1.0);
+        let sampling = if sample {
+            Sampling {
+                temperature: self.temperature.or(defaults.temperature).unwrap_or(1.0),
+                top_k: self.top_k.or(defaults.top_k).unwrap_or(0),
+                top_p: self.top_p.or(defaults.top_p).unwrap_or(1.0),
+                repetition_penalty,
+                seed: self.seed.unwrap_or_else(|| std::hash::RandomState::new().build_hasher().finish()),
+            }
+        } else {
+            Sampling { repetition_penalty, ..Sampling::greedy() }
+        };
+        let left = defaults.context.map_or(usize::MAX, |c| c.saturating_sub(prompt));
+        if left == 0 {
+            return Err(Error::new(Code::UsageInvalid, "the prompt")
+                .found(format!("{prompt} tokens"))
+                .expected(format!("fewer than the model's {}", defaults.context.unwrap_or(0)))
+                .help("shorten it"));
+        }
+        let wanted = self.max_new_tokens.or(defaults.max_new_tokens).unwrap_or(NEW_TOKENS);
+        Ok(Settings { max_new_tokens: wanted.min(left), sampling, stop: defaults.stop.clone() })
+    }
+}
+
+fn speed(generated: &Generated) -> String {
+    format!(
+        "prefill {} tokens in {:.3} s ({:.1} tokens/s), decode {} tokens in {:.3} s ({:.1} tokens/s)",
+        generated.prompt_ids.len(),
+        generated.prefill_seconds,
+        generated.prefill_tokens_per_second,
+        generated.ids.len().saturating_sub(1),
+        generated.decode_seconds,
+        generated.decode_tokens_per_second,
+    )
+}
