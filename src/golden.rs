@@ -37,6 +37,17 @@ pub struct Golden {
     pub metadata: HashMap<String, String>,
 }
 
+/// A text and how well the reference predicts it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Evaluation {
+    /// The text's file.
+    pub text: PathBuf,
+    /// Mean negative log-likelihood per token, in nats.
+    pub nll_per_token: f64,
+    /// Tokens that were predicted at a time.
+    pub window: Option<usize>,
+}
+
 impl Golden {
     /// Reads a golden; a directory stands for the `golden.safetensors` in it.
     pub fn read(path: &Path) -> Result<Self> {
@@ -117,11 +128,14 @@ impl Golden {
         self.logits.shape.last().copied().unwrap_or(0)
     }
 
-    /// The text that the reference scored and its mean negative log-likelihood per token.
-    pub fn evaluation(&self) -> Option<(PathBuf, f64)> {
-        let nll = self.metadata.get("eval_nll_per_token")?.parse().ok()?;
-        let file = self.metadata.get("eval_file")?;
-        Some((self.path.parent()?.join(file), nll))
+    /// The text that the reference scored, and how.
+    pub fn evaluation(&self) -> Option<Evaluation> {
+        let entry = |key: &str| self.metadata.get(key);
+        Some(Evaluation {
+            text: self.path.parent()?.join(entry("eval_file")?),
+            nll_per_token: entry("eval_nll_per_token")?.parse().ok()?,
+            window: entry("eval_window").and_then(|w| w.parse().ok()),
+        })
     }
 }
 
@@ -168,7 +182,8 @@ mod tests {
         let golden = Golden::read(folder.path()).unwrap();
         assert_eq!(golden.input_ids.row(1), [2, 3]);
         assert_eq!((golden.vocabulary(), golden.hidden_states.len()), (3, 0));
-        assert_eq!(golden.evaluation(), Some((folder.path().join("eval.txt"), 2.5)));
+        let evaluation = Evaluation { text: folder.path().join("eval.txt"), nll_per_token: 2.5, window: None };
+        assert_eq!(golden.evaluation(), Some(evaluation));
     }
 
     #[test]

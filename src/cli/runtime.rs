@@ -41,7 +41,8 @@ impl Runtime {
         }
         let found = search.run();
         // A library that was installed is checked against its hash; one that is used is loaded.
-        let whole = search.cache.join(format!("onnxruntime-{PINNED_VERSION}")).exists().then(|| check_installed(&search.cache));
+        let whole =
+            search.cache.join(format!("onnxruntime-{PINNED_VERSION}")).exists().then(|| check_installed(&search.cache));
         let damage = whole.and_then(Result::err);
         let loads = found.library().map(|library| environment(&library.path).map(|_| library));
         if output.is_json() {

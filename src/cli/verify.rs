@@ -72,10 +72,11 @@ pub(super) fn judge(report: &Report) -> Result<()> {
     if report.holds() {
         return Ok(());
     }
-    let error = Error::new(Code::VerificationFailed, report.model.display()).found(match report.failures().as_slice() {
-        [] => "nothing could be compared".to_owned(),
-        failed => format!("{} do not hold", failed.join(", ")),
-    });
+    let error =
+        Error::new(Code::VerificationFailed, report.model.display()).found(match report.failures().as_slice() {
+            [] => "nothing could be compared".to_owned(),
+            failed => format!("{} do not hold", failed.join(", ")),
+        });
     let layer = report.divergence.as_ref().map(|d| d.message.as_str());
     Err(error
         .expected(format!("differences within {:.0e} of the largest logit", report.tolerance))

@@ -52,7 +52,14 @@ pub fn consistency(model: &Path, other: Option<&Path>, options: &Options) -> Res
     report.scenarios.push(greedy("greedy", "full run", &results.greedy, &recomputed, &report));
     if let Some(text) = &options.text {
         let tokenizer = Tokenizer::open(folder_of(model))?;
-        report.perplexity.push(perplexity::measure(&mut decoder, &tokenizer, text, None, tolerance)?);
+        report.perplexity.push(perplexity::measure(
+            &mut decoder,
+            &tokenizer,
+            text,
+            perplexity::WINDOW,
+            None,
+            tolerance,
+        )?);
     }
     drop(decoder);
     if let Some(other) = other {

@@ -7,7 +7,7 @@ use super::report::{Kind, Outcome, Perplexity, Report, Verdict};
 use super::scenario::{Prompt, Scenario, compare_rows, continue_greedily, run, steps_of};
 use super::{GREEDY_TOKENS, Options, divergence, failed, folder_of, judge_greedy, judged, perplexity};
 use crate::error::Result;
-use crate::golden::Golden;
+use crate::golden::{Evaluation, Golden};
 use crate::session::{Decoder, Floats};
 use crate::tokenizer::Tokenizer;
 
@@ -114,10 +114,11 @@ fn check_texts(
     let folders = [folder_of(model), golden.path.parent().unwrap_or(model)];
     let own = folders.iter().find(|f| f.join("tokenizer.json").is_file()).copied();
     let tolerance = report.tolerance;
-    if let Some((text, nll)) = golden.evaluation() {
-        let measured: Option<Result<Perplexity>> = own
-            .filter(|_| text.is_file())
-            .map(|folder| perplexity::measure(decoder, &Tokenizer::open(folder)?, &text, Some(nll), tolerance));
+    if let Some(Evaluation { text, nll_per_token, window }) = golden.evaluation() {
+        let window = window.unwrap_or(perplexity::WINDOW);
+        let measured: Option<Result<Perplexity>> = own.filter(|_| text.is_file()).map(|folder| {
+            perplexity::measure(decoder, &Tokenizer::open(folder)?, &text, window, Some(nll_per_token), tolerance)
+        });
         match measured {
             Some(Ok(measured)) => report.perplexity.push(measured),
             Some(Err(error)) => {
@@ -130,7 +131,7 @@ fn check_texts(
     }
     if let Some(text) = &options.text {
         let tokenizer = Tokenizer::open(own.unwrap_or(folder_of(model)))?;
-        report.perplexity.push(perplexity::measure(decoder, &tokenizer, text, None, tolerance)?);
+        report.perplexity.push(perplexity::measure(decoder, &tokenizer, text, perplexity::WINDOW, None, tolerance)?);
     }
     Ok(())
 }
