@@ -18,6 +18,8 @@ pub mod runtime;
 pub mod session;
 pub mod spec;
 pub mod tokenizer;
+#[cfg(test)]
+mod toy;
 pub mod verify;
 pub mod weight;
 pub mod write;

@@ -118,3 +118,57 @@ fn rate(tokens: usize, time: Duration) -> f64 {
     let tokens = f64::from(u32::try_from(tokens).unwrap_or(u32::MAX));
     if time.is_zero() { 0.0 } else { tokens / time.as_secs_f64() }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::runtime::{Search, ensure};
+    use crate::session::Options;
+    use crate::toy::{Fault, write};
+
+    /// Sixteen letters, one token each.
+    fn letters() -> Tokenizer {
+        let vocabulary: serde_json::Map<String, serde_json::Value> =
+            ('a'..='p').zip(0..).map(|(letter, id): (char, u32)| (letter.to_string(), id.into())).collect();
+        let json = serde_json::json!({"version": "1.0", "added_tokens": [], "decoder": {"type": "Fuse"},
+            "model": {"type": "BPE", "vocab": vocabulary, "merges": []}});
+        Tokenizer::from_json(json.to_string().as_bytes()).unwrap()
+    }
+
+    #[test]
+    fn generating_through_the_cache_gives_what_recomputing_gives_and_stops_where_it_should() {
+        ensure(&Search::default(), &mut |_| {}).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        write(folder.path(), Fault::None);
+        let mut decoder = Decoder::open(folder.path(), &Options::default()).unwrap();
+        let tokenizer = letters();
+        let prompt = tokenizer.encode("cab", true).unwrap();
+        let mut settings = Settings { max_new_tokens: 12, sampling: Sampling::greedy(), stop: vec![] };
+        let mut streamed = String::new();
+        let mut keep = |piece: &str| {
+            streamed += piece;
+            true
+        };
+        let all = generate(&mut decoder, &tokenizer, &prompt, &settings, &mut keep).unwrap();
+        assert_eq!((all.ids.len(), all.finish, &all.text), (12, Finish::Length, &streamed));
+        assert_eq!(all.prompt_ids, [2, 0, 1]);
+        for (k, id) in all.ids.iter().enumerate() {
+            let mut before = prompt.clone();
+            before.extend(all.ids[..k].iter().map(|i| u32::try_from(*i).unwrap()));
+            let one = Settings { max_new_tokens: 1, ..settings.clone() };
+            let again = generate(&mut decoder, &tokenizer, &before, &one, &mut |_| true).unwrap();
+            assert_eq!(again.ids, [*id]);
+        }
+        settings.stop = vec![u32::try_from(all.ids[4]).unwrap()];
+        let stopped = generate(&mut decoder, &tokenizer, &prompt, &settings, &mut |_| true).unwrap();
+        let end = all.ids.iter().position(|i| i == &all.ids[4]).unwrap();
+        assert_eq!((stopped.finish, stopped.ids.as_slice()), (Finish::Stop, &all.ids[..=end]));
+        settings.stop = vec![];
+        let cancelled = generate(&mut decoder, &tokenizer, &prompt, &settings, &mut |_| false).unwrap();
+        assert_eq!((cancelled.finish, cancelled.ids.len()), (Finish::Cancelled, 1));
+        assert_eq!(
+            generate(&mut decoder, &tokenizer, &[], &settings, &mut |_| true).unwrap_err().code,
+            Code::UsageInvalid
+        );
+    }
+}

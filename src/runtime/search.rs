@@ -203,13 +203,17 @@ fn find_version_by_name(library: &Path) -> Option<String> {
         .or_else(|| version_of(real.parent()?.file_name()?.to_str()?.strip_prefix("onnxruntime-")?))
 }
 
+/// The packages that install onnxruntime's library; others of a similar name lie beside them.
+const PACKAGES: &[&str] =
+    &["onnxruntime", "onnxruntime_gpu", "onnxruntime_directml", "onnxruntime_openvino", "onnxruntime_qnn"];
+
 /// `site-packages/onnxruntime/capi/<library>` has `onnxruntime-<version>.dist-info` beside the package.
 fn find_version_by_package(library: &Path) -> Option<String> {
     let packages = library.parent()?.parent()?.parent()?;
     fs::read_dir(packages).ok()?.flatten().find_map(|entry| {
         let name = entry.file_name();
         let (package, version) = name.to_str()?.strip_suffix(".dist-info")?.split_once('-')?;
-        package.starts_with("onnxruntime").then(|| version_of(version)).flatten()
+        PACKAGES.contains(&package).then(|| version_of(version)).flatten()
     })
 }
 
@@ -321,6 +325,7 @@ mod tests {
         let capi = root.path().join("site-packages/onnxruntime/capi");
         touch(&capi.join("onnxruntime.dll"));
         touch(&root.path().join("site-packages/onnxruntime-1.17.3.dist-info/METADATA"));
+        touch(&root.path().join("site-packages/onnxruntime_genai-1.30.0.dist-info/METADATA"));
         touch(&root.path().join("lib/libonnxruntime.1.23.2.dylib"));
         let found = empty(root.path()).run();
         let library = found.library().unwrap();

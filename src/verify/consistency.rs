@@ -180,3 +180,45 @@ fn random_prompt(folder: &Path) -> Result<Prompt> {
     let matrix = |data| IntMatrix { rows: PADDING.len(), columns, data };
     Ok(Prompt { ids: matrix(ids), mask: matrix(mask), positions: matrix(positions) })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::Verdict;
+    use super::*;
+    use crate::runtime::{Search, ensure};
+    use crate::toy::{Fault, write};
+
+    fn verify(fault: Fault, other: Option<Fault>) -> Report {
+        ensure(&Search::default(), &mut |_| {}).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let (own, second) = (folder.path().join("own"), folder.path().join("other"));
+        write(&own, fault);
+        write(&second, other.unwrap_or(Fault::None));
+        consistency(&own, other.map(|_| second.as_path()), &Options { threads: 1, ..Options::default() }).unwrap()
+    }
+
+    #[test]
+    fn a_right_decoder_is_consistent_and_a_wrong_one_is_not() {
+        let report = verify(Fault::None, None);
+        assert!(report.holds(), "{report}");
+        assert_eq!((report.kind, report.scenarios.len()), (Kind::Consistency, 6));
+        let report = verify(Fault::IgnoresMask, None);
+        assert_eq!(report.failures(), ["batch-left", "batch-decode"], "{report}");
+        let report = verify(Fault::DoublesCache, None);
+        assert_eq!(report.failures(), ["decode", "chunks", "batch-decode", "greedy"], "{report}");
+        // The embedding is the toy's only hidden state, and it is right: opened in memory, with its weights beside it.
+        let divergence = report.divergence.unwrap();
+        assert!(divergence.message.contains("in decode every hidden state agrees"), "{}", divergence.message);
+    }
+
+    #[test]
+    fn another_lowering_is_compared_scenario_by_scenario() {
+        let report = verify(Fault::None, Some(Fault::None));
+        assert!(report.holds(), "{report}");
+        assert_eq!(report.scenarios.iter().filter(|s| s.against == "primitive").count(), 7);
+        let report = verify(Fault::None, Some(Fault::DoublesCache));
+        let prefill = report.scenarios.iter().find(|s| s.scenario == "prefill, primitive").unwrap();
+        assert_eq!(prefill.verdict, Verdict::Holds);
+        assert!(report.failures().contains(&"decode, primitive".to_owned()), "{report}");
+    }
+}
