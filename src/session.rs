@@ -168,7 +168,7 @@ impl Decoder {
             outputs.iter().filter_map(|name| Some((name.strip_prefix(HIDDEN)?.parse().ok()?, name.clone()))).collect();
         hidden.sort();
         let (has_mask, has_positions, logits) = (has(MASK), has(POSITIONS), logits.name().to_owned());
-        Ok(Self { slots, has_mask, has_positions, logits, hidden, element, session, file })
+        Ok(Self { session, file, slots, has_mask, has_positions, logits, hidden, element })
     }
 
     /// The ONNX file.

@@ -20,7 +20,7 @@ const NEW_TOKENS: usize = 256;
 
 /// Continue a text with a built model.
 ///
-/// Tokens are the likeliest ones, unless generation_config.json or an option asks for sampling. The prompt and its
+/// Tokens are the likeliest ones, unless `generation_config.json` or an option asks for sampling. The prompt and its
 /// continuation go to stdout as they come, the speed goes to stderr.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  hf2onnx generate out/kjv --prompt \"In the beginning\" --max-new-tokens 40\n  \

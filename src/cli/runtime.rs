@@ -9,7 +9,7 @@ use crate::runtime::{Findings, PINNED_VERSION, Place, State, check_installed, en
 
 /// Show which onnxruntime is used and where it was looked for.
 ///
-/// The order is: --runtime, ORT_DYLIB_PATH, hf2onnx's cache, Python's site-packages, the system's library folders.
+/// The order is: --runtime, `ORT_DYLIB_PATH`, hf2onnx's cache, Python's site-packages, the system's library folders.
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  hf2onnx runtime\n  hf2onnx runtime install")]
 pub(super) struct Runtime {

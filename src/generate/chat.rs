@@ -123,6 +123,7 @@ fn without_generation_marks(source: &str) -> String {
 }
 
 /// Python's `json.dumps(value, ensure_ascii=False, indent=indent)`.
+#[expect(clippy::needless_pass_by_value, reason = "the form that a filter has")]
 fn to_json(value: &Value, arguments: Kwargs) -> Result<String, minijinja::Error> {
     let indent: Option<usize> = arguments.get("indent")?;
     // Accepted by transformers' filter and of no effect on what is rendered here.
@@ -177,36 +178,43 @@ const DAYS: [&str; 7] = ["Sunday", "Monday", "Tuesday", "Wednesday", "Thursday",
 
 /// The part of C's strftime that templates use, in UTC.
 fn strftime(format: &str, seconds: u64) -> String {
-    let (days, clock) = (seconds / 86400, seconds % 86400);
-    let (year, month, day) = civil(days);
-    let name = |list: &[&'static str], index: u64| usize::try_from(index).ok().and_then(|i| list.get(i)).copied();
-    let month_name = name(&MONTHS, month - 1).unwrap_or_default();
-    let day_name = name(&DAYS, (days + 4) % 7).unwrap_or_default();
     let mut text = String::new();
     let mut letters = format.chars();
     while let Some(letter) = letters.next() {
-        if letter != '%' {
-            text.push(letter);
-            continue;
+        match (letter, letters.as_str().chars().next()) {
+            ('%', Some(field)) => {
+                letters.next();
+                text.push_str(&date_field(field, seconds));
+            }
+            _ => text.push(letter),
         }
-        text += &match letters.next() {
-            Some('Y') => format!("{year:04}"),
-            Some('y') => format!("{:02}", year % 100),
-            Some('m') => format!("{month:02}"),
-            Some('d') => format!("{day:02}"),
-            Some('B') => month_name.to_owned(),
-            Some('b') => month_name.chars().take(3).collect(),
-            Some('A') => day_name.to_owned(),
-            Some('a') => day_name.chars().take(3).collect(),
-            Some('H') => format!("{:02}", clock / 3600),
-            Some('M') => format!("{:02}", clock / 60 % 60),
-            Some('S') => format!("{:02}", clock % 60),
-            Some('%') => "%".to_owned(),
-            Some(other) => format!("%{other}"),
-            None => "%".to_owned(),
-        };
     }
     text
+}
+
+/// One field of a date; an unknown one stays as it was written.
+fn date_field(field: char, seconds: u64) -> String {
+    let (days, clock) = (seconds / 86400, seconds % 86400);
+    let (year, month, day) = civil(days);
+    let name = |list: &[&str], index: u64| {
+        usize::try_from(index).ok().and_then(|i| list.get(i)).copied().unwrap_or_default().to_owned()
+    };
+    let short = |name: String| name.chars().take(3).collect();
+    match field {
+        'Y' => format!("{year:04}"),
+        'y' => format!("{:02}", year % 100),
+        'm' => format!("{month:02}"),
+        'd' => format!("{day:02}"),
+        'B' => name(&MONTHS, month - 1),
+        'b' => short(name(&MONTHS, month - 1)),
+        'A' => name(&DAYS, (days + 4) % 7),
+        'a' => short(name(&DAYS, (days + 4) % 7)),
+        'H' => format!("{:02}", clock / 3600),
+        'M' => format!("{:02}", clock / 60 % 60),
+        'S' => format!("{:02}", clock % 60),
+        '%' => "%".to_owned(),
+        other => format!("%{other}"),
+    }
 }
 
 /// Year, month and day of a number of days since 1970-01-01, by 400-year cycles that start in March.

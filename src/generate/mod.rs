@@ -102,11 +102,12 @@ pub fn generate(
     }
     let ids = all.split_off(prompt.len());
     let prefill = first.unwrap_or_default();
+    let decode = total.saturating_sub(prefill);
     Ok(Generated {
         prefill_seconds: prefill.as_secs_f64(),
-        decode_seconds: (total - prefill).as_secs_f64(),
+        decode_seconds: decode.as_secs_f64(),
         prefill_tokens_per_second: rate(all.len(), prefill),
-        decode_tokens_per_second: rate(ids.len().saturating_sub(1), total - prefill),
+        decode_tokens_per_second: rate(ids.len().saturating_sub(1), decode),
         prompt_ids: all,
         ids,
         text,

@@ -1,6 +1,6 @@
 //! Where a wrong model goes wrong: the first hidden state that departs from the reference's.
 
-use super::metrics::{Logits, relative_difference};
+use super::metrics::{Logits, largest_difference};
 use super::report::Divergence;
 use super::scenario::{Prompt, Run, Scenario, run, run_rows_alone};
 use crate::error::Result;
@@ -95,23 +95,22 @@ fn layer_name(number: usize, last: usize) -> String {
 
 /// The largest difference over the live positions, relative to the largest reference value, and where it is.
 fn worst(got: &Logits, want: &Logits, prompt: &Prompt) -> Option<(f64, (usize, usize))> {
-    let places = (0..prompt.ids.rows).flat_map(|r| (0..prompt.ids.columns).map(move |c| (r, c)));
-    let pairs: Vec<((usize, usize), &[f32], &[f32])> = places
-        .filter(|(r, c)| prompt.live(*r, *c))
-        .filter_map(|(r, c)| Some(((r, c), got.at(r, c)?, want.at(r, c)?)))
-        .collect();
-    let largest = pairs.iter().flat_map(|(_, _, w)| w.iter()).fold(0.0_f32, |m, w| m.max(w.abs()));
-    let scaled = |g: &[f32], w: &[f32]| {
-        let own = w.iter().fold(0.0_f32, |m, w| m.max(w.abs()));
-        relative_difference(g, w) * f64::from(if own > 0.0 { own } else { 1.0 })
-    };
-    let scale = f64::from(if largest > 0.0 { largest } else { 1.0 });
-    let all = pairs.iter().map(|(place, g, w)| (scaled(g, w) / scale, *place));
-    // NaN is the worst there is.
-    all.fold(None, |worst: Option<(f64, (usize, usize))>, this| match worst {
-        Some(w) if w.0.is_nan() || w.0 >= this.0 => Some(w),
-        _ => Some(this),
-    })
+    let mut worst: Option<(f64, (usize, usize))> = None;
+    let mut largest = 0.0_f64;
+    for (row, column) in (0..prompt.ids.rows).flat_map(|r| (0..prompt.ids.columns).map(move |c| (r, c))) {
+        let (Some(g), Some(w)) = (got.at(row, column), want.at(row, column)) else { continue };
+        if !prompt.live(row, column) {
+            continue;
+        }
+        let difference = largest_difference(g, w);
+        largest = w.iter().fold(largest, |m, w| m.max(f64::from(w.abs())));
+        // NaN is the worst there is.
+        if worst.is_none_or(|(most, _)| !most.is_nan() && (difference.is_nan() || difference > most)) {
+            worst = Some((difference, (row, column)));
+        }
+    }
+    let scale = if largest > 0.0 { largest } else { 1.0 };
+    worst.map(|(difference, place)| (difference / scale, place))
 }
 
 #[cfg(test)]

@@ -122,10 +122,10 @@ fn check_texts(
         match measured {
             Some(Ok(measured)) => report.perplexity.push(measured),
             Some(Err(error)) => {
-                report.notes.push(format!("perplexity was not checked: {}: {}", error.subject, error.found))
+                report.notes.push(format!("perplexity was not checked: {}: {}", error.subject, error.found));
             }
             None => {
-                report.notes.push(format!("perplexity was not checked: needs {} and a tokenizer.json", text.display()))
+                report.notes.push(format!("perplexity was not checked: needs {} and a tokenizer.json", text.display()));
             }
         }
     }
@@ -153,5 +153,101 @@ fn find_divergence(model: &Path, golden: &Golden, prompt: &Prompt, options: &Opt
     match found {
         Ok(divergence) => report.divergence = Some(divergence),
         Err(error) => report.notes.push(format!("the model did not run with its hidden states: {error}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::scenario::run_rows_alone;
+    use super::*;
+    use crate::runtime::{Search, ensure};
+    use crate::session::IntMatrix;
+    use crate::toy::{Fault, write};
+
+    fn options() -> Options {
+        Options { threads: 1, ..Options::default() }
+    }
+
+    /// A toy, and the golden of the toy without its fault.
+    fn toy(folder: &Path, fault: Fault) -> Golden {
+        ensure(&Search::default(), &mut |_| {}).unwrap();
+        let matrix = |value: fn(i64, i64) -> i64| {
+            let data = (0..3).flat_map(|r| (0..24).map(move |c| value(c - 5 * r, c))).collect();
+            IntMatrix::new(3, 24, data).unwrap()
+        };
+        let prompt = Prompt {
+            ids: matrix(|p, c| if p < 0 { 0 } else { (c * 7 + p) % 16 }),
+            mask: matrix(|p, _| i64::from(p >= 0)),
+            positions: matrix(|p, _| p.max(0)),
+        };
+        write(folder, Fault::None);
+        let mut decoder = Decoder::open(folder, &options().session(true)).unwrap();
+        let alone = run_rows_alone(&mut decoder, &prompt).unwrap();
+        let greedy = continue_greedily(&mut decoder, &prompt, GREEDY_TOKENS, false).unwrap();
+        let tensor = |rows: usize, table: &Logits| Floats {
+            shape: vec![rows, 24, 16],
+            data: table.positions.iter().take(rows * 24).flat_map(|p| p.clone().unwrap_or(vec![0.0; 16])).collect(),
+        };
+        write(folder, fault);
+        Golden {
+            path: folder.join("golden.safetensors"),
+            logits: tensor(3, &alone.logits),
+            greedy_ids: Some([prompt.ids.row(0), &greedy.ids].concat()),
+            greedy_logits: Some(Floats { shape: vec![1, GREEDY_TOKENS, 16], data: greedy.logits.concat() }),
+            hidden_states: alone.hidden_states.iter().map(|(_, h)| tensor(1, h)).collect(),
+            logits_steps: None,
+            logits_chunks: None,
+            metadata: std::collections::HashMap::default(),
+            input_ids: prompt.ids,
+            attention_mask: prompt.mask,
+            position_ids: prompt.positions,
+        }
+    }
+
+    #[test]
+    fn a_right_model_holds_and_a_wrong_one_fails_where_it_is_wrong() {
+        let folder = tempfile::tempdir().unwrap();
+        let golden = toy(folder.path(), Fault::None);
+        let report = against_golden(folder.path(), &golden, &options()).unwrap();
+        assert!(report.holds(), "{report}");
+        assert_eq!((report.kind, report.scenarios.len()), (Kind::Golden, 7));
+
+        let golden = toy(folder.path(), Fault::IgnoresMask);
+        let report = against_golden(folder.path(), &golden, &options()).unwrap();
+        assert_eq!(report.failures(), ["batch-left", "batch-decode"], "{report}");
+    }
+
+    #[test]
+    fn a_hidden_state_that_departs_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut golden = toy(folder.path(), Fault::None);
+        for values in [&mut golden.logits.data, &mut golden.hidden_states[0].data] {
+            values[16 * 3] += 1.0;
+        }
+        let report = against_golden(folder.path(), &golden, &options()).unwrap();
+        let divergence = report.divergence.unwrap();
+        assert_eq!((divergence.hidden_state, divergence.position), (Some(0), Some((0, 3))));
+        assert!(divergence.message.contains("embedding"), "{}", divergence.message);
+    }
+
+    #[test]
+    fn where_the_reference_differs_through_its_cache_the_closer_of_its_runs_counts() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut golden = toy(folder.path(), Fault::None);
+        let first_row: Vec<f32> = golden.logits.data.iter().take(24 * 16).copied().collect();
+        let cached = Floats { shape: vec![1, 24, 16], data: first_row };
+        golden.logits_steps = Some(cached.clone());
+        golden.logits_chunks = Some(cached);
+        golden.logits.data.iter_mut().for_each(|l| *l += 0.5);
+        let report = against_golden(folder.path(), &golden, &options()).unwrap();
+        let of = |name: &str| {
+            let outcome = report.scenarios.iter().find(|s| s.scenario == name).unwrap();
+            (outcome.against.as_str(), outcome.verdict)
+        };
+        assert_eq!(of("prefill"), ("golden", Verdict::Fails));
+        assert_eq!(of("decode"), ("golden, cached", Verdict::Holds));
+        assert_eq!(of("chunks"), ("golden, cached", Verdict::Holds));
+        assert_eq!(of("batch-decode"), ("own first row", Verdict::Holds));
+        assert_eq!(of("greedy"), ("golden", Verdict::Holds));
     }
 }

@@ -134,15 +134,13 @@ pub fn argmax(values: &[f32]) -> usize {
     values.iter().enumerate().fold((0, f32::NEG_INFINITY), better).0
 }
 
-/// Largest absolute difference relative to the largest reference value, for hidden states.
-pub fn relative_difference(got: &[f32], want: &[f32]) -> f64 {
+/// Largest absolute difference; NaN where a value is, or where the sizes differ.
+pub fn largest_difference(got: &[f32], want: &[f32]) -> f64 {
     if got.len() != want.len() {
         return f64::NAN;
     }
-    let largest = want.iter().fold(0.0_f32, |m, w| m.max(w.abs()));
-    let worst =
-        got.iter().zip(want).map(|(g, w)| (g - w).abs()).fold(0.0_f32, |m, d| if d.is_nan() || d > m { d } else { m });
-    f64::from(worst) / f64::from(if largest > 0.0 { largest } else { 1.0 })
+    let differences = got.iter().zip(want).map(|(g, w)| f64::from((g - w).abs()));
+    differences.fold(0.0, |most, d| if most.is_nan() || d <= most { most } else { d })
 }
 
 #[cfg(test)]

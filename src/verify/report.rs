@@ -250,7 +250,9 @@ fn write_table(f: &mut fmt::Formatter<'_>, rows: &[Vec<String>]) -> fmt::Result 
         let mut line = String::from(" ");
         for (c, (cell, width)) in row.iter().zip(&widths).enumerate() {
             let left = c == 0 || c + 1 == columns;
-            line += &if left { format!(" {cell:<width$} ") } else { format!(" {cell:>width$} ") };
+            let padding = " ".repeat(width.saturating_sub(cell.chars().count()));
+            let (before, after) = if left { ("", padding.as_str()) } else { (padding.as_str(), "") };
+            line.extend([" ", before, cell, after, " "]);
         }
         writeln!(f, "{}", line.trim_end())?;
     }

@@ -217,13 +217,12 @@ fn run_pieces(decoder: &mut Decoder, prompt: &Prompt, pieces: &[usize]) -> Resul
         let step = decoder.run(&ids, &prompt.mask.columns(0..at + size), &positions, &mut state)?;
         run.logits.enter(&step.logits, at, size);
         for (number, values) in step.hidden_states {
-            match run.hidden_states.iter_mut().find(|(i, _)| *i == number) {
-                Some((_, table)) => table.enter(&values, at, size),
-                None => {
-                    let mut table = Logits::absent(rows, columns);
-                    table.enter(&values, at, size);
-                    run.hidden_states.push((number, table));
-                }
+            if let Some((_, table)) = run.hidden_states.iter_mut().find(|(i, _)| *i == number) {
+                table.enter(&values, at, size);
+            } else {
+                let mut table = Logits::absent(rows, columns);
+                table.enter(&values, at, size);
+                run.hidden_states.push((number, table));
             }
         }
         at += size;
