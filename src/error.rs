@@ -115,13 +115,7 @@ pub struct Error {
 impl Error {
     /// An error about `subject`.
     pub fn new(code: Code, subject: impl fmt::Display) -> Self {
-        Self {
-            code,
-            subject: subject.to_string(),
-            found: String::new(),
-            expected: String::new(),
-            help: String::new(),
-        }
+        Self { code, subject: subject.to_string(), found: String::new(), expected: String::new(), help: String::new() }
     }
 
     /// An I/O error about a path.
