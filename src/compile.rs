@@ -197,7 +197,8 @@ impl Manifest {
 }
 
 impl Options {
-    fn lowering(&self) -> lower::Options {
+    /// What lowering takes of it.
+    pub fn lowering(&self) -> lower::Options {
         lower::Options { target: self.target, element: self.element, padding: self.padding }
     }
 

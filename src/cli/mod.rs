@@ -1,6 +1,7 @@
 //! The command line: results on stdout, everything else on stderr, and exit codes that scripts can trust
 //! (0 done, 1 failed, 2 called wrongly).
 
+mod build;
 mod generate;
 mod output;
 mod runtime;
@@ -30,6 +31,7 @@ pub struct Cli {
 /// One variant for each command; each lives in the file of its name.
 #[derive(Debug, Subcommand)]
 enum Command {
+    Build(Box<build::Build>),
     Verify(verify::Verify),
     Generate(generate::Generate),
     Runtime(runtime::Runtime),
@@ -44,6 +46,7 @@ pub fn main() -> ExitCode {
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     let mut output = Output::new(cli.json);
     let result = match cli.command {
+        Command::Build(command) => command.run(&mut output),
         Command::Verify(command) => command.run(&mut output),
         Command::Generate(command) => command.run(&mut output),
         Command::Runtime(command) => command.run(&mut output),

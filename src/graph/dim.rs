@@ -64,27 +64,24 @@ impl Dim {
         }
     }
 
-    /// `self / divisor` where every coefficient is a multiple of a fixed divisor, or where both are the same.
+    /// `self / divisor`, where that leaves nothing over.
     pub fn divided_by(&self, divisor: &Self) -> Option<Self> {
-        if self == divisor {
-            return Some(Self::constant(1));
-        }
-        let (exponents, coefficient) = divisor.0.iter().next()?;
-        if divisor.0.len() != 1 {
-            return None;
-        }
-        let mut quotient = BTreeMap::new();
-        for (monomial, value) in &self.0 {
-            let mut reduced = *monomial;
-            for (own, other) in reduced.iter_mut().zip(exponents) {
+        let (lead, lead_coefficient) = divisor.0.iter().next_back()?;
+        let (mut rest, mut quotient) = (self.clone(), Self::constant(0));
+        // Long division by the leading term; each step removes the leading term of the rest.
+        while let Some((monomial, coefficient)) = rest.0.iter().next_back() {
+            let mut term = *monomial;
+            for (own, other) in term.iter_mut().zip(lead) {
                 *own = own.checked_sub(*other)?;
             }
-            if value % coefficient != 0 {
+            if coefficient % lead_coefficient != 0 {
                 return None;
             }
-            quotient.insert(reduced, value / coefficient);
+            let term = Self(BTreeMap::from([(term, coefficient / lead_coefficient)]));
+            rest = &rest + &(&(&term * divisor) * &Self::constant(-1));
+            quotient = &quotient + &term;
         }
-        Some(Self(quotient))
+        Some(quotient)
     }
 }
 
@@ -175,6 +172,9 @@ mod tests {
         assert_eq!(elements.divided_by(&Dim::from(64)), Some(tokens.clone()));
         assert_eq!(elements.divided_by(&tokens), Some(Dim::from(64)));
         assert_eq!(elements.divided_by(&Dim::from(Symbol::Past)), None);
+        let total = &Dim::from(Symbol::Past) + &Dim::from(Symbol::Sequence);
+        let scores = &(&tokens * &total) * &Dim::from(4);
+        assert_eq!(scores.divided_by(&(&total * &Dim::from(2))), Some(&tokens * &Dim::from(2)), "by a sum");
         assert_eq!(Dim::from(7).value(), Some(7));
         assert_eq!(tokens.value(), None);
     }

@@ -95,6 +95,7 @@ pub fn lower(model: &Graph<Model>, options: &Options) -> Result<Lowered> {
     }
     for id in &model.outputs {
         let lowered = lowerer.value(model, *id)?;
+        lowerer.e.graph.rename(lowered, &model.value(*id).name);
         lowerer.e.graph.outputs.push(lowered);
     }
     Ok(Lowered { graph: lowerer.e.graph, notes: lowerer.notes.into_values().collect() })
