@@ -24,17 +24,46 @@ pub struct ModelSpec {
     /// The decoder layers, in order.
     pub layers: Vec<Layer>,
     /// The norm before the head.
-    pub final_norm: Norm,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub final_norm: Option<Norm>,
     /// From hidden states to logits.
     pub head: Head,
 }
 
 /// Token embedding.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Embedding {
     /// Multiplier of the embedded tokens, rounded to the computation's element type as transformers does.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub scale: Option<f64>,
+    /// Width of the table where it is not the model's; a projection leads from one to the other.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub size: Option<usize>,
+    /// Absolute positions that are added to the tokens.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub positions: Option<Positions>,
+    /// A norm behind all of it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub norm: Option<Norm>,
+}
+
+/// Absolute positions.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Positions {
+    /// A learned table, `embed_positions`.
+    Learned {
+        /// Rows of the table.
+        rows: usize,
+        /// Row of position 0.
+        offset: usize,
+    },
+    /// Sines, then cosines, of frequencies from 1 down to 1/10000 (Vaswani et al. 2017, as fairseq orders them).
+    Sinusoidal {
+        /// Added to a position.
+        offset: usize,
+    },
 }
 
 /// Output projection.
@@ -46,6 +75,12 @@ pub struct Head {
     /// The head adds a bias.
     #[serde(default)]
     pub bias: bool,
+    /// Multiplier of the logits.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scale: Option<f64>,
+    /// `tanh(logits / softcap) * softcap`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub softcap: Option<f64>,
 }
 
 /// One decoder layer.
@@ -58,16 +93,39 @@ pub struct Layer {
     pub feed_forward: FeedForward,
     /// Where the layer normalises.
     pub norms: LayerNorms,
+    /// Both parts read the layer's input and are added to it together. Without a norm of its own the feed-forward
+    /// part reads what attention reads.
+    pub parallel: bool,
+    /// Multiplier of each part before it is added to the residual.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub residual_scale: Option<f64>,
+    /// The layer's result is multiplied by a learned scalar, `layer_scalar`.
+    #[serde(default)]
+    pub scalar: bool,
 }
 
 /// The norms of a layer, by the place where they stand; an absent one is no norm there.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LayerNorms {
     /// On the input of attention.
-    pub attention_input: Norm,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub attention_input: Option<Norm>,
+    /// On the output of attention, before it is added to the residual.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub attention_output: Option<Norm>,
+    /// On the residual after attention was added: the layout of the first transformers.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub attention_sum: Option<Norm>,
     /// On the input of the feed-forward part.
-    pub feed_forward_input: Norm,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub feed_forward_input: Option<Norm>,
+    /// On the output of the feed-forward part, before it is added to the residual.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub feed_forward_output: Option<Norm>,
+    /// On the residual after the feed-forward part was added.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub feed_forward_sum: Option<Norm>,
 }
 
 /// A normalisation over the last axis.
@@ -80,6 +138,10 @@ pub struct Norm {
     pub kind: NormKind,
     /// Added to the mean square (or variance) before the root.
     pub eps: f64,
+    /// It has a weight.
+    pub weight: bool,
+    /// It has a bias.
+    pub bias: bool,
     /// The weight is stored as its difference from one, as in Gemma.
     pub offset: bool,
 }
@@ -90,6 +152,8 @@ pub struct Norm {
 pub enum NormKind {
     /// `x / sqrt(mean(x²) + eps) * weight` (Zhang & Sennrich 2019).
     Rms,
+    /// `(x - mean(x)) / sqrt(var(x) + eps) * weight + bias` (Ba et al. 2016).
+    Layer,
 }
 
 /// Causal self-attention with a key-value cache.
@@ -112,8 +176,104 @@ pub struct Attention {
     pub scale: f64,
     /// A query sees this many keys at most, itself included.
     pub window: Option<usize>,
+    /// A query sees only keys of its own block of this many positions.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub chunk: Option<usize>,
     /// Rotary position embedding; none for layers without positions.
     pub rope: Option<Rope>,
+    /// Scores become `tanh(score / softcap) * softcap` before the mask.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub softcap: Option<f64>,
+    /// Queries, keys and values are clamped to plus and minus this.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub clip: Option<f64>,
+    /// Norms on queries and keys.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub qk_norm: Option<QkNorm>,
+    /// A norm on each value head.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub value_norm: Option<Norm>,
+    /// Multiplier of the values.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub value_scale: Option<f64>,
+    /// A learned score per head, `sinks`, that takes part in the softmax and has no value.
+    #[serde(default)]
+    pub sinks: bool,
+    /// Scores fall linearly with distance (Press et al. 2021).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub alibi: Option<Alibi>,
+    /// Queries grow with their position.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub position_scale: Option<PositionScale>,
+    /// The output is multiplied by a sigmoid of a projection of the input.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub output_gate: Option<OutputGate>,
+    /// A norm between attention and the output projection.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub output_norm: Option<Norm>,
+}
+
+/// Norms on queries and keys.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct QkNorm {
+    /// On queries.
+    pub query: Norm,
+    /// On keys.
+    pub key: Norm,
+    /// Over what.
+    pub span: NormSpan,
+    /// After the rotation instead of before it.
+    pub after_rope: bool,
+}
+
+/// What a norm on queries or keys runs over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum NormSpan {
+    /// Each head, with one weight for all.
+    Head,
+    /// Each head, with a weight of its own.
+    EachHead,
+    /// All heads together.
+    Full,
+}
+
+/// Attention with linear biases.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Alibi {
+    /// Exponent range of the slopes, `2^(-max · h / heads)`.
+    pub max: f64,
+    /// Multiplier of the bias.
+    pub scale: f64,
+    /// The biases are rounded to bfloat16, as Falcon does.
+    pub rounded: bool,
+}
+
+/// Queries are multiplied by `1 + coefficient · ln(1 + floor((position + offset) / period))`.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PositionScale {
+    /// Growth.
+    pub coefficient: f64,
+    /// Positions to a step.
+    pub period: f64,
+    /// Added to the position.
+    pub offset: f64,
+}
+
+/// A gate on the output of attention.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OutputGate {
+    /// Name of the projection, below `self_attn`.
+    pub name: String,
+    /// One gate for each head instead of one for each element.
+    pub per_head: bool,
+    /// The projection adds a bias.
+    #[serde(default)]
+    pub bias: bool,
 }
 
 /// How queries, keys and values come from the hidden states.
@@ -122,8 +282,12 @@ pub struct Attention {
 pub enum Projection {
     /// One matrix each.
     Separate {
-        /// They add a bias.
-        bias: bool,
+        /// The query's adds a bias.
+        query_bias: bool,
+        /// The key's adds a bias.
+        key_bias: bool,
+        /// The value's adds a bias.
+        value_bias: bool,
     },
     /// Multi-head latent attention (DeepSeek-V2, 2024): keys and values from a shared low-rank latent,
     /// and one rotated key part for all heads.
@@ -138,6 +302,12 @@ pub enum Projection {
         bias: bool,
         /// `eps` of the norms on the latents.
         norm_eps: f64,
+        /// Multiplier of the query.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        query_scale: Option<f64>,
+        /// Multiplier of the key-value latent.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        kv_scale: Option<f64>,
     },
 }
 
@@ -209,6 +379,13 @@ pub enum RopeScaling {
         /// Context of pre-training.
         original_context: usize,
     },
+    /// The first part of the frequencies divided, the rest zero: the whole head takes part, some of it unrotated.
+    Proportional {
+        /// The divisor.
+        factor: f64,
+        /// Pairs that turn.
+        pairs: usize,
+    },
     /// `LongRoPE` (Ding et al. 2024): a divisor per frequency, another set beyond the original context.
     Longrope {
         /// Divisors within the original context.
@@ -242,6 +419,9 @@ pub struct Mlp {
     pub gated: bool,
     /// Its projections add a bias.
     pub bias: bool,
+    /// A norm on the input of the down-projection.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub inner_norm: Option<Norm>,
 }
 
 /// Non-linearities, by Hugging Face's names in `hidden_act`.
@@ -254,12 +434,25 @@ pub enum Activation {
     /// `x * Φ(x)`, exactly.
     Gelu,
     /// The tanh approximation of `gelu`.
-    #[serde(alias = "gelu_new", alias = "gelu_fast", alias = "gelu_accurate")]
+    #[serde(
+        alias = "gelu_new",
+        alias = "gelu_fast",
+        alias = "gelu_accurate",
+        alias = "gelu_tanh",
+        alias = "gelu_python_tanh"
+    )]
     GeluPytorchTanh,
     /// `max(x, 0)`.
     Relu,
     /// `max(x, 0)²`.
     Relu2,
+    /// `x * sigmoid(1.702 x)`.
+    QuickGelu,
+    /// `x * sigmoid(1.702 x)` of a value clamped to at most 7, times an up-projection clamped to ±7, plus one.
+    ClampedSwiglu,
+    /// Quadratic for positive and exponential for negative values, with two learned slopes, `alpha_p` and `alpha_n`
+    /// (Huang 2024).
+    Xielu,
 }
 
 /// Mixture of experts.
@@ -272,18 +465,27 @@ pub struct Moe {
     pub top_k: usize,
     /// Each expert.
     pub expert: Mlp,
-    /// From the router's logits to the chosen experts' weights.
+    /// From the hidden states to the chosen experts' weights.
     pub routing: Routing,
+    /// The weights multiply an expert's input instead of its output.
+    #[serde(default)]
+    pub weigh_input: bool,
     /// An expert that sees every token.
     pub shared: Option<SharedExpert>,
+    /// A dense MLP beside the experts reads the same input and is added.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dense: Option<Mlp>,
 }
 
-/// From the router's logits to the chosen experts and their weights.
+/// From the hidden states to the chosen experts and their weights.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Routing {
     /// From logits to scores.
     pub score: Score,
+    /// The router adds a bias to its logits.
+    #[serde(default)]
+    pub bias: bool,
     /// A learned bias is added to the scores when choosing, not when weighting.
     pub correction_bias: bool,
     /// Experts come in groups, of which only the best are considered.
@@ -292,16 +494,24 @@ pub struct Routing {
     pub normalize: bool,
     /// Multiplier of the weights.
     pub scale: f64,
+    /// That many more experts hand their input on; the router may choose them.
+    #[serde(default)]
+    pub identity_experts: usize,
 }
 
 /// From a router's logits to scores.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Score {
     /// Over all experts.
     Softmax,
     /// Of each expert on its own.
     Sigmoid,
+    /// Phi-3.5-MoE's: two experts, each weighted among those that are close to the best.
+    Sparsemixer {
+        /// What counts as close.
+        jitter: f64,
+    },
 }
 
 /// Group-limited choice of experts (DeepSeek-V3).

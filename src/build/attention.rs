@@ -6,11 +6,11 @@
 //!   └─ v_proj ────────────┘
 //! ```
 
-use super::op::{AttentionOp, Composite};
+use super::op::{AttentionOp, Composite, Kind};
 use super::{Builder, Inputs, NormOp};
 use crate::error::Result;
 use crate::graph::{Dim, ValueId};
-use crate::spec::{Attention, NormKind, Projection, Rope};
+use crate::spec::{Attention, Norm, NormKind, NormSpan, OutputGate, Projection, Rope};
 
 /// Builds the attention of a layer on its normalised input; returns the output and the present cache.
 pub(super) fn build(
@@ -20,11 +20,15 @@ pub(super) fn build(
     inputs: &Inputs,
     (past_key, past_value): (ValueId, ValueId),
 ) -> Result<(ValueId, (ValueId, ValueId))> {
-    let hidden = b.shape(x).last().and_then(Dim::value).and_then(|w| usize::try_from(w).ok()).unwrap_or(0);
-    let [query, key, value] = match &spec.projection {
-        Projection::Separate { bias } => separate(b, spec, *bias, x, inputs)?,
+    let hidden = b.width(x);
+    let [mut query, key, value] = match &spec.projection {
+        Projection::Separate { .. } => separate(b, spec, x, inputs)?,
         Projection::Latent { .. } => latent(b, spec, x, inputs)?,
     };
+    if let Some(scale) = spec.position_scale {
+        let scale = b.emit("PositionScale", Composite::PositionScale(scale), &[inputs.position_ids])?;
+        query = b.emit("Query", Composite::Multiply, &[query, scale])?;
+    }
     let op = AttentionOp {
         heads: spec.heads,
         kv_heads: spec.kv_heads,
@@ -32,21 +36,101 @@ pub(super) fn build(
         value_size: spec.value_size,
         scale: spec.scale,
         window: spec.window,
+        chunk: spec.chunk,
+        softcap: spec.softcap,
+        sinks: spec.sinks,
+        alibi: spec.alibi,
     };
-    let operands = [query, key, value, past_key, past_value, inputs.attention_mask];
+    let mut operands = vec![query, key, value, past_key, past_value, inputs.attention_mask];
+    if spec.sinks {
+        operands.push(b.parameter("sinks", [spec.heads], Kind::Real));
+    }
     let names = ["Attention", "PresentKey", "PresentValue"];
-    let [mixed, present_key, present_value] = b.emit_named(names, Composite::Attention(op), &operands)?;
+    let [mut mixed, present_key, present_value] = b.emit_named(names, Composite::Attention(op), &operands)?;
+    if let Some(gate) = &spec.output_gate {
+        mixed = gated(b, spec, gate, mixed, x)?;
+    }
+    if let Some(norm) = &spec.output_norm {
+        mixed = b.norm(norm, mixed)?;
+    }
     let output = b.linear("o_proj", mixed, hidden, spec.output_bias)?;
     Ok((output, (present_key, present_value)))
 }
 
-fn separate(b: &mut Builder, spec: &Attention, bias: bool, x: ValueId, inputs: &Inputs) -> Result<[ValueId; 3]> {
-    let query = b.linear("q_proj", x, spec.heads * spec.key_size, bias)?;
-    let key = b.linear("k_proj", x, spec.kv_heads * spec.key_size, bias)?;
-    let value = b.linear("v_proj", x, spec.kv_heads * spec.value_size, bias)?;
-    let query = rotate(b, "q_rotary", spec.rope.as_ref(), query, spec.heads, inputs.position_ids)?;
-    let key = rotate(b, "k_rotary", spec.rope.as_ref(), key, spec.kv_heads, inputs.position_ids)?;
+fn separate(b: &mut Builder, spec: &Attention, x: ValueId, inputs: &Inputs) -> Result<[ValueId; 3]> {
+    let Projection::Separate { query_bias, key_bias, value_bias } = spec.projection else {
+        return latent(b, spec, x, inputs);
+    };
+    let mut query = b.linear("q_proj", x, spec.heads * spec.key_size, query_bias)?;
+    let mut key = b.linear("k_proj", x, spec.kv_heads * spec.key_size, key_bias)?;
+    let mut value = b.linear("v_proj", x, spec.kv_heads * spec.value_size, value_bias)?;
+    if let Some(bound) = spec.clip {
+        query = b.emit("ClipQuery", Composite::Clip(bound), &[query])?;
+        key = b.emit("ClipKey", Composite::Clip(bound), &[key])?;
+        value = b.emit("ClipValue", Composite::Clip(bound), &[value])?;
+    }
+    let before = spec.qk_norm.as_ref().filter(|norm| !norm.after_rope);
+    if let Some(norm) = before {
+        query = spanned(b, &norm.query, norm.span, query, spec.heads)?;
+        key = spanned(b, &norm.key, norm.span, key, spec.kv_heads)?;
+    }
+    query = rotate(b, "q_rotary", spec.rope.as_ref(), query, spec.heads, inputs.position_ids)?;
+    key = rotate(b, "k_rotary", spec.rope.as_ref(), key, spec.kv_heads, inputs.position_ids)?;
+    let after = spec.qk_norm.as_ref().filter(|norm| norm.after_rope);
+    if let Some(norm) = after {
+        query = spanned(b, &norm.query, norm.span, query, spec.heads)?;
+        key = spanned(b, &norm.key, norm.span, key, spec.kv_heads)?;
+    }
+    if let Some(norm) = &spec.value_norm {
+        value = spanned(b, norm, NormSpan::Head, value, spec.kv_heads)?;
+    }
+    if let Some(scale) = spec.value_scale {
+        value = b.emit("ValueScale", Composite::Scale(scale), &[value])?;
+    }
     Ok([query, key, value])
+}
+
+/// A norm on queries or keys `[B, S, N * D]`.
+fn spanned(b: &mut Builder, norm: &Norm, span: NormSpan, x: ValueId, heads: usize) -> Result<ValueId> {
+    let width = b.width(x);
+    let size = width / heads.max(1);
+    match span {
+        NormSpan::Full => b.norm(norm, x),
+        NormSpan::Head => {
+            let x = b.within(&norm.name, |b| by_head(b, x, heads, size))?;
+            let x = b.norm(norm, x)?;
+            flat(b, &norm.name, x, width)
+        }
+        NormSpan::EachHead => b.within(&norm.name, |b| {
+            let x = by_head(b, x, heads, size)?;
+            let bare = NormOp { weight: false, bias: false, ..NormOp::from(norm) };
+            let mut x = b.emit("Norm", Composite::Norm(bare), &[x])?;
+            if norm.weight {
+                let weight = b.parameter("weight", [heads, size], Kind::Real);
+                x = b.emit("Weight", Composite::Multiply, &[x, weight])?;
+            }
+            if norm.bias {
+                let bias = b.parameter("bias", [heads, size], Kind::Real);
+                x = b.emit("Bias", Composite::Add, &[x, bias])?;
+            }
+            flat(b, "", x, width)
+        }),
+    }
+}
+
+/// Multiplies the output by a sigmoid of a projection of the input.
+fn gated(b: &mut Builder, spec: &Attention, gate: &OutputGate, mixed: ValueId, x: ValueId) -> Result<ValueId> {
+    let width = spec.heads * spec.value_size;
+    let gates = b.linear(&gate.name, x, if gate.per_head { spec.heads } else { width }, gate.bias)?;
+    let gates = b.emit("Gate", Composite::Sigmoid, &[gates])?;
+    if !gate.per_head {
+        return b.emit("Gated", Composite::Multiply, &[mixed, gates]);
+    }
+    // [B, S, N * D] as [B, S, N, D], times [B, S, N, 1]
+    let mixed = by_head(b, mixed, spec.heads, spec.value_size)?;
+    let gates = by_head(b, gates, spec.heads, 1)?;
+    let mixed = b.emit("Gated", Composite::Multiply, &[mixed, gates])?;
+    flat(b, "", mixed, width)
 }
 
 fn rotate(
@@ -73,12 +157,13 @@ fn rotate(
 ///                └ [B, S, rope] ─ rotate ─ expand to N heads ────┘
 /// ```
 fn latent(b: &mut Builder, spec: &Attention, x: ValueId, inputs: &Inputs) -> Result<[ValueId; 3]> {
-    let Projection::Latent { query_rank, kv_rank, rope_size, bias, norm_eps } = spec.projection else {
-        return separate(b, spec, false, x, inputs);
+    let Projection::Latent { query_rank, kv_rank, rope_size, bias, norm_eps, query_scale, kv_scale } = spec.projection
+    else {
+        return separate(b, spec, x, inputs);
     };
     let (heads, nope) = (spec.heads, spec.key_size.saturating_sub(rope_size));
-    let norm = NormOp { kind: NormKind::Rms, eps: norm_eps, offset: false };
-    let query = match query_rank {
+    let norm = NormOp { kind: NormKind::Rms, eps: norm_eps, weight: true, bias: false, offset: false };
+    let mut query = match query_rank {
         None => b.linear("q_proj", x, heads * spec.key_size, false)?,
         Some(rank) => {
             let low = b.linear("q_a_proj", x, rank, bias)?;
@@ -86,6 +171,9 @@ fn latent(b: &mut Builder, spec: &Attention, x: ValueId, inputs: &Inputs) -> Res
             b.linear("q_b_proj", low, heads * spec.key_size, false)?
         }
     };
+    if let Some(scale) = query_scale {
+        query = b.emit("QueryScale", Composite::Scale(scale), &[query])?;
+    }
     let query = by_head(b, query, heads, spec.key_size)?;
     let (query_nope, query_rope) =
         b.emit_pair(["QueryNope", "QueryRope"], Composite::Split(vec![nope, rope_size]), &[query])?;
@@ -95,7 +183,10 @@ fn latent(b: &mut Builder, spec: &Attention, x: ValueId, inputs: &Inputs) -> Res
 
     let low = b.linear("kv_a_proj_with_mqa", x, kv_rank + rope_size, bias)?;
     let (low, key_rope) = b.emit_pair(["Latent", "KeyRope"], Composite::Split(vec![kv_rank, rope_size]), &[low])?;
-    let low = latent_norm(b, "kv_a_layernorm", norm, low)?;
+    let mut low = latent_norm(b, "kv_a_layernorm", norm, low)?;
+    if let Some(scale) = kv_scale {
+        low = b.emit("LatentScale", Composite::Scale(scale), &[low])?;
+    }
     let both = b.linear("kv_b_proj", low, heads * (nope + spec.value_size), false)?;
     let both = by_head(b, both, heads, nope + spec.value_size)?;
     let (key_nope, value) =
@@ -116,7 +207,8 @@ fn latent(b: &mut Builder, spec: &Attention, x: ValueId, inputs: &Inputs) -> Res
 
 fn latent_norm(b: &mut Builder, module: &str, norm: NormOp, x: ValueId) -> Result<ValueId> {
     b.within(module, |b| {
-        let weight = b.norm_weight(x);
+        let width = b.width(x);
+        let weight = b.parameter("weight", [width], Kind::Real);
         b.emit("Norm", Composite::Norm(norm), &[x, weight])
     })
 }

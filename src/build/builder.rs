@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use super::op::{Composite, Kind, Model, Parameter};
 use crate::error::{Code, Error, Result};
 use crate::graph::{Dim, Graph, Node, Source, Type, ValueId};
+use crate::spec::{Norm, Rope};
 
 /// Writes a graph of composite operations.
 #[derive(Debug, Default)]
@@ -15,7 +16,7 @@ pub struct Builder {
     parameters: HashMap<String, ValueId>,
     /// How often a result name has been given out.
     names: HashMap<String, usize>,
-    ropes: Vec<(crate::spec::Rope, (ValueId, ValueId))>,
+    ropes: Vec<(Rope, (ValueId, ValueId))>,
 }
 
 impl Builder {
@@ -68,15 +69,45 @@ impl Builder {
         id
     }
 
-    /// The weight of a norm over the last axis of `x`.
-    pub fn norm_weight(&mut self, x: ValueId) -> ValueId {
-        let width = self.shape(x).last().and_then(Dim::value).and_then(|w| usize::try_from(w).ok()).unwrap_or(0);
-        self.parameter("weight", [width], Kind::Real)
+    /// The last axis of a value, which is fixed for every value that a module reads.
+    pub fn width(&self, x: ValueId) -> usize {
+        self.shape(x).last().and_then(Dim::value).and_then(|w| usize::try_from(w).ok()).unwrap_or(0)
+    }
+
+    /// Weight and bias of a norm over the last axis of `x`, as far as it has them.
+    pub fn norm_parameters(&mut self, norm: &Norm, x: ValueId) -> Vec<ValueId> {
+        let width = self.width(x);
+        let mut parameters = Vec::new();
+        if norm.weight {
+            parameters.push(self.parameter("weight", [width], Kind::Real));
+        }
+        if norm.bias {
+            parameters.push(self.parameter("bias", [width], Kind::Real));
+        }
+        parameters
+    }
+
+    /// A norm of the current scope.
+    pub fn norm(&mut self, norm: &Norm, x: ValueId) -> Result<ValueId> {
+        self.within(&norm.name, |b| {
+            let mut operands = vec![x];
+            operands.extend(b.norm_parameters(norm, x));
+            b.emit("Norm", Composite::Norm(norm.into()), &operands)
+        })
+    }
+
+    /// `residual + delta`, and the norm of that.
+    pub fn add_norm(&mut self, norm: &Norm, residual: ValueId, delta: ValueId) -> Result<(ValueId, ValueId)> {
+        self.within(&norm.name, |b| {
+            let mut operands = vec![residual, delta];
+            operands.extend(b.norm_parameters(norm, residual));
+            b.emit_pair(["Add", "Norm"], Composite::AddNorm(norm.into()), &operands)
+        })
     }
 
     /// `x` times a weight `[out, in]` of the current scope, with its bias if it has one.
     pub fn linear(&mut self, module: &str, x: ValueId, out: usize, bias: bool) -> Result<ValueId> {
-        let width = self.shape(x).last().and_then(Dim::value).and_then(|w| usize::try_from(w).ok()).unwrap_or(0);
+        let width = self.width(x);
         self.within(module, |b| {
             let kind = b.graph.ty(x).element;
             let mut operands = vec![x, b.parameter("weight", [out, width], kind)];
@@ -141,7 +172,7 @@ impl Builder {
     }
 
     /// Cosine and sine for these positions; layers with the same embedding share them.
-    pub fn rope_table(&mut self, rope: &crate::spec::Rope, positions: ValueId) -> Result<(ValueId, ValueId)> {
+    pub fn rope_table(&mut self, rope: &Rope, positions: ValueId) -> Result<(ValueId, ValueId)> {
         if let Some((_, table)) = self.ropes.iter().find(|(known, _)| known == rope) {
             return Ok(*table);
         }

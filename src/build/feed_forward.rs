@@ -3,8 +3,8 @@
 use super::Builder;
 use super::op::{Composite, Kind, MoeOp};
 use crate::error::Result;
-use crate::graph::{Dim, ValueId};
-use crate::spec::{FeedForward, Mlp, Moe, SharedExpert};
+use crate::graph::ValueId;
+use crate::spec::{Activation, FeedForward, Mlp, Moe, SharedExpert};
 
 /// Builds the feed-forward part on its normalised input.
 pub(super) fn build(b: &mut Builder, spec: &FeedForward, x: ValueId) -> Result<ValueId> {
@@ -14,59 +14,88 @@ pub(super) fn build(b: &mut Builder, spec: &FeedForward, x: ValueId) -> Result<V
     }
 }
 
-fn width(b: &Builder, x: ValueId) -> usize {
-    b.shape(x).last().and_then(Dim::value).and_then(|w| usize::try_from(w).ok()).unwrap_or(0)
-}
-
 /// `down(act(gate(x)) * up(x))`, or `down(act(up(x)))` without a gate.
 fn mlp(b: &mut Builder, spec: &Mlp, x: ValueId) -> Result<ValueId> {
-    let hidden = width(b, x);
-    let activate = Composite::Activate(spec.activation);
-    let inner = if spec.gated {
+    let hidden = b.width(x);
+    let mut inner = if spec.gated {
         let gate = b.linear("gate_proj", x, spec.intermediate_size, spec.bias)?;
-        let gate = b.within("act_fn", |b| b.emit("Activate", activate, &[gate]))?;
         let up = b.linear("up_proj", x, spec.intermediate_size, spec.bias)?;
-        b.emit("Gated", Composite::Multiply, &[gate, up])?
+        if spec.activation == Activation::ClampedSwiglu {
+            b.emit("Gated", Composite::ClampedSwiglu, &[gate, up])?
+        } else {
+            let gate = activate(b, spec.activation, gate)?;
+            b.emit("Gated", Composite::Multiply, &[gate, up])?
+        }
     } else {
         let up = b.linear("up_proj", x, spec.intermediate_size, spec.bias)?;
-        b.within("act_fn", |b| b.emit("Activate", activate, &[up]))?
+        activate(b, spec.activation, up)?
     };
+    if let Some(norm) = &spec.inner_norm {
+        inner = b.norm(norm, inner)?;
+    }
     b.linear("down_proj", inner, hidden, spec.bias)
 }
 
-/// Routed experts, plus a shared one that sees every token.
-fn moe(b: &mut Builder, spec: &Moe, x: ValueId) -> Result<ValueId> {
-    let hidden = width(b, x);
-    let (experts, inner) = (spec.experts, spec.expert.intermediate_size);
-    // The router decides in float32 whatever the computation's type is: a rounded logit chooses another expert.
-    let full = b.within("gate", |b| b.emit("Convert", Composite::Convert(Kind::Full), &[x]))?;
-    let mut operands = vec![x, b.linear("gate", full, experts, false)?];
-    if spec.routing.correction_bias {
-        operands.push(b.within("gate", |b| b.parameter("e_score_correction_bias", [experts], Kind::Full)));
-    }
-    b.within("experts", |b| {
-        if spec.expert.gated {
-            operands.push(b.parameter("gate_proj.weight", [experts, inner, hidden], Kind::Real));
+fn activate(b: &mut Builder, activation: Activation, x: ValueId) -> Result<ValueId> {
+    b.within("act_fn", |b| {
+        let mut operands = vec![x];
+        if activation == Activation::Xielu {
+            operands.extend(["alpha_p", "alpha_n"].map(|name| b.parameter(name, [1], Kind::Real)));
         }
-        operands.push(b.parameter("up_proj.weight", [experts, inner, hidden], Kind::Real));
-        operands.push(b.parameter("down_proj.weight", [experts, hidden, inner], Kind::Real));
-    });
+        b.emit("Activate", Composite::Activate(activation), &operands)
+    })
+}
+
+/// Routed experts, plus whatever sees every token beside them.
+fn moe(b: &mut Builder, spec: &Moe, x: ValueId) -> Result<ValueId> {
+    let mut operands = vec![x, router(b, spec, x)?];
+    if spec.routing.correction_bias {
+        let width = spec.experts + spec.routing.identity_experts;
+        operands.push(b.within("gate", |b| b.parameter("e_score_correction_bias", [width], Kind::Full)));
+    }
+    b.within("experts", |b| experts(b, spec, x, &mut operands));
     let op = MoeOp {
-        experts,
+        experts: spec.experts,
         top_k: spec.top_k,
-        intermediate_size: inner,
+        intermediate_size: spec.expert.intermediate_size,
         activation: spec.expert.activation,
         gated: spec.expert.gated,
+        bias: spec.expert.bias,
+        weigh_input: spec.weigh_input,
         routing: spec.routing.clone(),
     };
-    let routed = b.within("experts", |b| b.emit("Moe", Composite::Moe(op), &operands))?;
-    match &spec.shared {
-        None => Ok(routed),
-        Some(shared) => {
-            let shared = shared_expert(b, shared, x)?;
-            b.emit("Add", Composite::Add, &[routed, shared])
-        }
+    let mut y = b.within("experts", |b| b.emit("Moe", Composite::Moe(op), &operands))?;
+    if let Some(shared) = &spec.shared {
+        let shared = shared_expert(b, shared, x)?;
+        y = b.emit("AddShared", Composite::Add, &[y, shared])?;
     }
+    if let Some(dense) = &spec.dense {
+        let dense = mlp(b, dense, x)?;
+        y = b.emit("AddDense", Composite::Add, &[y, dense])?;
+    }
+    Ok(y)
+}
+
+/// The router decides in float32 whatever the computation's type is: a rounded logit chooses another expert.
+fn router(b: &mut Builder, spec: &Moe, x: ValueId) -> Result<ValueId> {
+    let full = b.within("gate", |b| b.emit("Convert", Composite::Convert(Kind::Full), &[x]))?;
+    b.linear("gate", full, spec.experts + spec.routing.identity_experts, spec.routing.bias)
+}
+
+/// Weights of all experts, each followed by its bias.
+fn experts(b: &mut Builder, spec: &Moe, x: ValueId, operands: &mut Vec<ValueId>) {
+    let (experts, inner, hidden) = (spec.experts, spec.expert.intermediate_size, b.width(x));
+    let mut projection = |name: &str, out: usize, width: usize| {
+        operands.push(b.parameter(&format!("{name}.weight"), [experts, out, width], Kind::Real));
+        if spec.expert.bias {
+            operands.push(b.parameter(&format!("{name}.bias"), [experts, out], Kind::Real));
+        }
+    };
+    if spec.expert.gated {
+        projection("gate_proj", inner, hidden);
+    }
+    projection("up_proj", inner, hidden);
+    projection("down_proj", hidden, inner);
 }
 
 fn shared_expert(b: &mut Builder, spec: &SharedExpert, x: ValueId) -> Result<ValueId> {

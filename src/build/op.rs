@@ -3,7 +3,7 @@
 use std::fmt;
 
 use crate::graph::{Dialect, Dim, Shape, Type};
-use crate::spec::{Activation, NormKind, Rope, RopeLayout, Routing};
+use crate::spec::{Activation, Alibi, NormKind, PositionScale, Rope, RopeLayout, Routing};
 
 /// The dialect of composite operations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,6 +53,10 @@ pub struct NormOp {
     pub kind: NormKind,
     /// Added before the root.
     pub eps: f64,
+    /// It has a weight, the operand behind those that are normalised.
+    pub weight: bool,
+    /// It has a bias, the last operand.
+    pub bias: bool,
     /// The weight is stored as its difference from one.
     pub offset: bool,
 }
@@ -72,6 +76,14 @@ pub struct AttentionOp {
     pub scale: f64,
     /// Keys that a query sees, itself included.
     pub window: Option<usize>,
+    /// A query sees only keys of its own block of this many positions.
+    pub chunk: Option<usize>,
+    /// Scores become `tanh(score / softcap) * softcap` before the mask.
+    pub softcap: Option<f64>,
+    /// A learned score per head takes part in the softmax, `[N]`, the last operand.
+    pub sinks: bool,
+    /// Scores fall linearly with distance.
+    pub alibi: Option<Alibi>,
 }
 
 /// Routing and running of experts.
@@ -87,6 +99,10 @@ pub struct MoeOp {
     pub activation: Activation,
     /// Experts are gated MLPs.
     pub gated: bool,
+    /// Experts have biases.
+    pub bias: bool,
+    /// Weights multiply the input instead of the output.
+    pub weigh_input: bool,
     /// From logits to weights.
     pub routing: Routing,
 }
@@ -101,18 +117,33 @@ pub enum Composite {
     Scale(f64),
     /// x `[.., I]`, weight `[O, I]`, optional bias `[O]` -> `[.., O]`; computed in the weight's type.
     Linear,
-    /// x `[.., H]`, weight `[H]` -> `[.., H]`
+    /// x `[.., H]`, weight and bias `[H]` if it has them -> `[.., H]`
     Norm(NormOp),
-    /// residual, x, weight `[H]` -> residual + x, and its norm
+    /// residual, x, weight and bias `[H]` if it has them -> residual + x, and its norm
     AddNorm(NormOp),
-    /// Sum of two values of one shape.
+    /// Sum, with broadcasting.
     Add,
     /// Product, with broadcasting.
     Multiply,
     /// Logistic function.
     Sigmoid,
-    /// Non-linearity.
+    /// Non-linearity; xIELU takes its two learned slopes as further operands.
     Activate(Activation),
+    /// gate, up -> `(up clamped to ±7 + 1) * g * sigmoid(1.702 g)` with the gate clamped to at most 7 (gpt-oss)
+    ClampedSwiglu,
+    /// `tanh(x / cap) * cap`
+    Softcap(f64),
+    /// Clamped to plus and minus a bound.
+    Clip(f64),
+    /// Integers plus a constant.
+    Shift(usize),
+    /// positions `[B, S]` -> sines, then cosines, `[B, S, width]`
+    Sinusoid {
+        /// Elements per position.
+        width: usize,
+    },
+    /// positions `[B, S]` -> multiplier of queries, `[B, S, 1]`
+    PositionScale(PositionScale),
     /// Another shape for the same elements.
     Reshape(Shape),
     /// Pieces of these sizes along the last axis.
@@ -134,11 +165,11 @@ pub enum Composite {
         /// Which elements pair up.
         layout: RopeLayout,
     },
-    /// q `[B, S, N*Dk]`, k `[B, S, K*Dk]`, v `[B, S, K*Dv]`, past key `[B, K, P, Dk]` and value, mask `[B, T]`
-    /// -> output `[B, S, N*Dv]`, present key `[B, K, T, Dk]` and value
+    /// q `[B, S, N*Dk]`, k `[B, S, K*Dk]`, v `[B, S, K*Dv]`, past key `[B, K, P, Dk]` and value, mask `[B, T]`,
+    /// sinks `[N]` if it has them -> output `[B, S, N*Dv]`, present key `[B, K, T, Dk]` and value
     Attention(AttentionOp),
     /// x `[B, S, H]`, router logits `[B, S, E]`, correction bias `[E]` if any, gate `[E, I, H]` if gated,
-    /// up `[E, I, H]`, down `[E, H, I]` -> `[B, S, H]`
+    /// up `[E, I, H]`, down `[E, H, I]`, each with its bias `[E, .]` behind it if experts have them -> `[B, S, H]`
     Moe(MoeOp),
     /// x `[B, S, H]`, mask `[B, T]` -> the last kept token of each row, `[B, 1, H]`
     LastToken,
@@ -157,26 +188,36 @@ impl Composite {
                 vec![Type::new(Kind::Real, shape)]
             }
             Self::Linear => vec![linear(x, operand(1)?, operands.get(2).copied())?],
-            Self::Norm(_) => {
-                expect_last(x, last(operand(1)?)?)?;
+            Self::Norm(op) => {
+                for parameter in operands.iter().skip(1) {
+                    expect_last(x, last(parameter)?)?;
+                }
+                op.expect_operands(1, operands.len())?;
                 vec![x.clone()]
             }
-            Self::AddNorm(_) => {
+            Self::AddNorm(op) => {
                 expect_same(x, operand(1)?)?;
-                expect_last(x, last(operand(2)?)?)?;
+                for parameter in operands.iter().skip(2) {
+                    expect_last(x, last(parameter)?)?;
+                }
+                op.expect_operands(2, operands.len())?;
                 vec![x.clone(), x.clone()]
             }
-            Self::Add => {
+            Self::Add | Self::Multiply => {
+                let other = operand(1)?;
+                expect_element(x, other)?;
+                let shape = broadcast(&x.shape, &other.shape).ok_or_else(|| format!("{x} and {other} do not fit"))?;
+                vec![Type::new(x.element, shape)]
+            }
+            Self::ClampedSwiglu => {
                 expect_same(x, operand(1)?)?;
                 vec![x.clone()]
             }
-            Self::Multiply => {
-                let other = operand(1)?;
-                expect_element(x, other)?;
-                let wider = if x.shape.len() >= other.shape.len() && last(x)? != &Dim::from(1) { x } else { other };
-                vec![wider.clone()]
+            Self::Scale(_) | Self::Sigmoid | Self::Activate(_) | Self::Softcap(_) | Self::Clip(_) | Self::Shift(_) => {
+                vec![x.clone()]
             }
-            Self::Scale(_) | Self::Sigmoid | Self::Activate(_) => vec![x.clone()],
+            Self::Sinusoid { width } => vec![per_position(x, *width)],
+            Self::PositionScale(_) => vec![per_position(x, 1)],
             Self::Rotate { heads, size, .. } => {
                 let head = last(x)?.divided_by(&Dim::from(*heads)).and_then(|d| d.value());
                 if head.is_none_or(|head| usize::try_from(head).is_ok_and(|head| head < *size)) {
@@ -195,13 +236,12 @@ impl Composite {
             Self::Split(sizes) => split(x, sizes)?,
             Self::Concat => vec![concat(operands)?],
             Self::RopeTable(rope) => {
-                let mut shape = x.shape.clone();
-                shape.push(Dim::from(rope.size / 2));
-                vec![Type::new(Kind::Real, shape.clone()), Type::new(Kind::Real, shape)]
+                let table = per_position(x, rope.size / 2);
+                vec![table.clone(), table]
             }
             Self::Attention(attention) => attention.infer(operands)?,
             Self::Moe(moe) => {
-                expect_last(operand(1)?, &Dim::from(moe.experts))?;
+                expect_last(operand(1)?, &Dim::from(moe.experts + moe.routing.identity_experts))?;
                 vec![x.clone()]
             }
             Self::LastToken => match x.shape.as_slice() {
@@ -214,9 +254,12 @@ impl Composite {
 
 impl AttentionOp {
     fn infer(&self, operands: &[&Type<Kind>]) -> Result<Vec<Type<Kind>>, String> {
-        let [query, key, value, past_key, past_value, mask] = operands else {
-            return Err(format!("expected 6 operands, found {}", operands.len()));
+        let [query, key, value, past_key, past_value, mask, rest @ ..] = operands else {
+            return Err(format!("expected at least 6 operands, found {}", operands.len()));
         };
+        if rest.len() != usize::from(self.sinks) {
+            return Err(format!("{} operands behind the mask", rest.len()));
+        }
         expect_last(query, &Dim::from(self.heads * self.key_size))?;
         expect_last(key, &Dim::from(self.kv_heads * self.key_size))?;
         expect_last(value, &Dim::from(self.kv_heads * self.value_size))?;
@@ -236,8 +279,35 @@ impl AttentionOp {
     }
 }
 
+impl NormOp {
+    fn expect_operands(&self, normalised: usize, found: usize) -> Result<(), String> {
+        let expected = normalised + usize::from(self.weight) + usize::from(self.bias);
+        if found == expected { Ok(()) } else { Err(format!("{found} operands, expected {expected}")) }
+    }
+}
+
+fn per_position(positions: &Type<Kind>, width: usize) -> Type<Kind> {
+    let mut shape = positions.shape.clone();
+    shape.push(Dim::from(width));
+    Type::new(Kind::Real, shape)
+}
+
 fn last(ty: &Type<Kind>) -> Result<&Dim, String> {
     ty.shape.last().ok_or_else(|| format!("{ty} has no axis"))
+}
+
+fn broadcast(a: &Shape, b: &Shape) -> Option<Shape> {
+    let (long, short) = if a.len() >= b.len() { (a, b) } else { (b, a) };
+    let (unit, offset) = (Dim::from(1), long.len() - short.len());
+    let mut shape = long.clone();
+    for (slot, other) in shape.iter_mut().skip(offset).zip(short) {
+        if *slot == unit {
+            *slot = other.clone();
+        } else if *other != unit && other != slot {
+            return None;
+        }
+    }
+    Some(shape)
 }
 
 fn product(shape: &Shape) -> Dim {
@@ -311,7 +381,12 @@ impl fmt::Display for Composite {
 
 impl fmt::Display for NormOp {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let weight = if self.offset { "1 + weight" } else { "weight" };
-        write!(f, "{{{:?}, eps: {:e}, {weight}}}", self.kind, self.eps)
+        let weight = match (self.weight, self.offset) {
+            (false, _) => "",
+            (true, false) => ", weight",
+            (true, true) => ", 1 + weight",
+        };
+        let bias = if self.bias { ", bias" } else { "" };
+        write!(f, "{{{:?}, eps: {:e}{weight}{bias}}}", self.kind, self.eps)
     }
 }

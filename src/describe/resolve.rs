@@ -13,8 +13,9 @@ use super::rules::TensorRules;
 use super::template::Template;
 use crate::error::{Code, Error, Result};
 use crate::spec::{
-    Activation, Attention, Embedding, FeedForward, Groups, Head, Layer, LayerNorms, Mlp, ModelSpec, Moe, Norm,
-    NormKind, Projection, RopeLayout, Routing, Score, SharedExpert,
+    Activation, Alibi, Attention, Embedding, FeedForward, Groups, Head, Layer, LayerNorms, Mlp, ModelSpec, Moe, Norm,
+    NormKind, NormSpan, OutputGate, PositionScale, Positions, Projection, QkNorm, RopeLayout, Routing, Score,
+    SharedExpert,
 };
 
 /// `[model]`
@@ -27,14 +28,65 @@ struct ModelTable {
     context_length: usize,
 }
 
-/// `[norm]`: what all norms have in common.
+/// `[norm]`: what norms have in common unless they say otherwise.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct NormTable {
     kind: NormKind,
     eps: f64,
+    #[serde(default = "yes")]
+    weight: bool,
+    #[serde(default)]
+    bias: bool,
     #[serde(default)]
     offset: bool,
+}
+
+/// A norm where it stands: the name of its module, or that and what is particular to it.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum NormEntry {
+    Name(String),
+    Particular(ParticularNorm),
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ParticularNorm {
+    name: String,
+    kind: Option<NormKind>,
+    eps: Option<f64>,
+    weight: Option<bool>,
+    bias: Option<bool>,
+    offset: Option<bool>,
+}
+
+impl NormTable {
+    fn at(&self, entry: &NormEntry) -> Norm {
+        let common = |name: &str| Norm {
+            name: name.to_owned(),
+            kind: self.kind,
+            eps: self.eps,
+            weight: self.weight,
+            bias: self.bias,
+            offset: self.offset,
+        };
+        match entry {
+            NormEntry::Name(name) => common(name),
+            NormEntry::Particular(own) => Norm {
+                name: own.name.clone(),
+                kind: own.kind.unwrap_or(self.kind),
+                eps: own.eps.unwrap_or(self.eps),
+                weight: own.weight.unwrap_or(self.weight),
+                bias: own.bias.unwrap_or(self.bias),
+                offset: own.offset.unwrap_or(self.offset),
+            },
+        }
+    }
+
+    fn maybe(&self, entry: Option<&NormEntry>) -> Option<Norm> {
+        entry.map(|entry| self.at(entry))
+    }
 }
 
 /// `[layer]`
@@ -42,7 +94,12 @@ struct NormTable {
 #[serde(deny_unknown_fields)]
 struct LayerTable {
     feed_forward: FeedForwardKind,
-    norms: NormNames,
+    norms: NormsTable,
+    #[serde(default)]
+    parallel: bool,
+    residual_scale: Option<f64>,
+    #[serde(default)]
+    scalar: bool,
 }
 
 #[derive(Deserialize, PartialEq, Eq)]
@@ -52,14 +109,28 @@ enum FeedForwardKind {
     Moe,
 }
 
-/// Names of the modules that hold the norms' weights, by place.
+/// `[layer.norms]`: norms by place.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct NormNames {
-    attention_input: String,
-    feed_forward_input: String,
+struct NormsTable {
+    attention_input: Option<NormEntry>,
+    attention_output: Option<NormEntry>,
+    attention_sum: Option<NormEntry>,
+    feed_forward_input: Option<NormEntry>,
+    feed_forward_output: Option<NormEntry>,
+    feed_forward_sum: Option<NormEntry>,
     #[serde(rename = "final")]
-    last: String,
+    last: Option<NormEntry>,
+}
+
+/// `[embedding]`
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields)]
+struct EmbeddingTable {
+    scale: Option<f64>,
+    size: Option<usize>,
+    positions: Option<Positions>,
+    norm: Option<NormEntry>,
 }
 
 /// `[attention]`
@@ -71,10 +142,37 @@ struct AttentionTable {
     head_size: usize,
     value_size: Option<usize>,
     bias: bool,
+    query_bias: Option<bool>,
+    key_bias: Option<bool>,
+    value_bias: Option<bool>,
     output_bias: bool,
     scale: Option<f64>,
     window: Option<usize>,
+    chunk: Option<usize>,
+    softcap: Option<f64>,
+    clip: Option<f64>,
+    qk_norm: Option<QkNormTable>,
+    value_norm: Option<NormEntry>,
+    value_scale: Option<f64>,
+    #[serde(default)]
+    sinks: bool,
+    alibi: Option<Alibi>,
+    position_scale: Option<PositionScale>,
+    output_gate: Option<OutputGate>,
+    output_norm: Option<NormEntry>,
     latent: Option<LatentTable>,
+}
+
+/// `[attention.qk_norm]`
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct QkNormTable {
+    query: NormEntry,
+    key: NormEntry,
+    #[serde(default = "head_span")]
+    span: NormSpan,
+    #[serde(default)]
+    after_rope: bool,
 }
 
 /// `[attention.latent]`
@@ -85,6 +183,19 @@ struct LatentTable {
     kv_rank: usize,
     rope_size: usize,
     norm_eps: f64,
+    query_scale: Option<f64>,
+    kv_scale: Option<f64>,
+}
+
+/// `[mlp]`
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct MlpTable {
+    intermediate_size: usize,
+    activation: Activation,
+    gated: bool,
+    bias: bool,
+    inner_norm: Option<NormEntry>,
 }
 
 /// `[rope]`
@@ -108,8 +219,13 @@ struct MoeTable {
     activation: Activation,
     #[serde(default = "yes")]
     gated: bool,
+    #[serde(default)]
+    bias: bool,
+    #[serde(default)]
+    weigh_input: bool,
     routing: RoutingTable,
     shared: Option<SharedTable>,
+    dense: Option<MlpTable>,
 }
 
 /// `[moe.routing]`
@@ -118,12 +234,16 @@ struct MoeTable {
 struct RoutingTable {
     score: Score,
     #[serde(default)]
+    bias: bool,
+    #[serde(default)]
     correction_bias: bool,
     groups: Option<Groups>,
     #[serde(default)]
     normalize: bool,
     #[serde(default = "one")]
     scale: f64,
+    #[serde(default)]
+    identity_experts: usize,
 }
 
 /// `[moe.shared]`
@@ -136,7 +256,13 @@ struct SharedTable {
     #[serde(default = "yes")]
     gated: bool,
     #[serde(default)]
+    bias: bool,
+    #[serde(default)]
     gate: bool,
+}
+
+fn head_span() -> NormSpan {
+    NormSpan::Head
 }
 
 fn yes() -> bool {
@@ -167,13 +293,12 @@ pub(super) fn resolve(template: &Template, config: &Map<String, Value>) -> Resul
         return Err(template.error(Code::SpecInvalid, "model.layers").found(model.layers).expected("at most 4096"));
     }
     let norm: NormTable = table(&scope, "norm")?;
-    let at = |name: &str| Norm { name: name.to_owned(), kind: norm.kind, eps: norm.eps, offset: norm.offset };
-    let layers = (0..model.layers).map(|index| layer(&scope.at(index), &model, &at)).collect::<Result<Vec<_>>>()?;
-    // Names by place may go by layer; the final norm has one.
-    let names: LayerTable = table(&scope.at(0), "layer")?;
-    let embedding = match template.table("embedding") {
+    let layers = (0..model.layers).map(|index| layer(&scope.at(index), &model)).collect::<Result<Vec<_>>>()?;
+    // Norms by place may go by layer; the final one is the first layer's.
+    let places: LayerTable = table(&scope.at(0), "layer")?;
+    let embedding: EmbeddingTable = match template.table("embedding") {
         Some(_) => table(&scope, "embedding")?,
-        None => Embedding { scale: None },
+        None => EmbeddingTable::default(),
     };
     let spec = ModelSpec {
         model_type,
@@ -181,9 +306,14 @@ pub(super) fn resolve(template: &Template, config: &Map<String, Value>) -> Resul
         vocab_size: model.vocab_size,
         hidden_size: model.hidden_size,
         context_length: model.context_length,
-        embedding,
+        embedding: Embedding {
+            scale: embedding.scale,
+            size: embedding.size.filter(|size| *size != model.hidden_size),
+            positions: embedding.positions,
+            norm: norm.maybe(embedding.norm.as_ref()),
+        },
         layers,
-        final_norm: at(&names.norms.last),
+        final_norm: norm.maybe(places.norms.last.as_ref()),
         head: table::<Head>(&scope, "head")?,
     };
     check_sizes(&spec)?;
@@ -191,23 +321,32 @@ pub(super) fn resolve(template: &Template, config: &Map<String, Value>) -> Resul
     Ok((spec, rules))
 }
 
-fn layer(scope: &Scope, model: &ModelTable, norm: &impl Fn(&str) -> Norm) -> Result<Layer> {
+fn layer(scope: &Scope, model: &ModelTable) -> Result<Layer> {
     let layer: LayerTable = table(scope, "layer")?;
+    let norm: NormTable = table(scope, "norm")?;
     let feed_forward = match layer.feed_forward {
-        FeedForwardKind::Dense => FeedForward::Dense(table::<Mlp>(scope, "mlp")?),
-        FeedForwardKind::Moe => FeedForward::Moe(Box::new(moe(table(scope, "moe")?))),
+        FeedForwardKind::Dense => FeedForward::Dense(mlp(table(scope, "mlp")?, &norm)),
+        FeedForwardKind::Moe => FeedForward::Moe(Box::new(moe(table(scope, "moe")?, &norm))),
     };
+    let places = &layer.norms;
     Ok(Layer {
-        attention: attention(scope, model)?,
+        attention: attention(scope, model, &norm)?,
         feed_forward,
         norms: LayerNorms {
-            attention_input: norm(&layer.norms.attention_input),
-            feed_forward_input: norm(&layer.norms.feed_forward_input),
+            attention_input: norm.maybe(places.attention_input.as_ref()),
+            attention_output: norm.maybe(places.attention_output.as_ref()),
+            attention_sum: norm.maybe(places.attention_sum.as_ref()),
+            feed_forward_input: norm.maybe(places.feed_forward_input.as_ref()),
+            feed_forward_output: norm.maybe(places.feed_forward_output.as_ref()),
+            feed_forward_sum: norm.maybe(places.feed_forward_sum.as_ref()),
         },
+        parallel: layer.parallel,
+        residual_scale: layer.residual_scale,
+        scalar: layer.scalar,
     })
 }
 
-fn attention(scope: &Scope, model: &ModelTable) -> Result<Attention> {
+fn attention(scope: &Scope, model: &ModelTable, norm: &NormTable) -> Result<Attention> {
     let t: AttentionTable = table(scope, "attention")?;
     let rope: Option<RopeTable> = match scope.template().table("rope") {
         Some(_) => Some(table(scope, "rope")?),
@@ -216,13 +355,19 @@ fn attention(scope: &Scope, model: &ModelTable) -> Result<Attention> {
     let rope = rope.filter(|rope| rope.enabled);
     let rope = rope.map(|r| rope::rope(r.layout, r.size, &r.parameters, model.context_length)).transpose()?;
     let projection = match t.latent {
-        None => Projection::Separate { bias: t.bias },
+        None => Projection::Separate {
+            query_bias: t.query_bias.unwrap_or(t.bias),
+            key_bias: t.key_bias.unwrap_or(t.bias),
+            value_bias: t.value_bias.unwrap_or(t.bias),
+        },
         Some(latent) => Projection::Latent {
             query_rank: latent.query_rank,
             kv_rank: latent.kv_rank,
             rope_size: latent.rope_size,
             bias: t.bias,
             norm_eps: latent.norm_eps,
+            query_scale: latent.query_scale,
+            kv_scale: latent.kv_scale,
         },
     };
     #[expect(clippy::cast_precision_loss, reason = "head sizes are small")]
@@ -236,28 +381,60 @@ fn attention(scope: &Scope, model: &ModelTable) -> Result<Attention> {
         output_bias: t.output_bias,
         scale,
         window: t.window,
+        chunk: t.chunk,
         rope,
+        softcap: t.softcap,
+        clip: t.clip,
+        qk_norm: t.qk_norm.map(|own| QkNorm {
+            query: norm.at(&own.query),
+            key: norm.at(&own.key),
+            span: own.span,
+            after_rope: own.after_rope,
+        }),
+        value_norm: norm.maybe(t.value_norm.as_ref()),
+        value_scale: t.value_scale,
+        sinks: t.sinks,
+        alibi: t.alibi,
+        position_scale: t.position_scale,
+        output_gate: t.output_gate,
+        output_norm: norm.maybe(t.output_norm.as_ref()),
     })
 }
 
-fn moe(t: MoeTable) -> Moe {
-    let expert = |intermediate_size, activation, gated| Mlp { intermediate_size, activation, gated, bias: false };
+fn mlp(t: MlpTable, norm: &NormTable) -> Mlp {
+    Mlp {
+        intermediate_size: t.intermediate_size,
+        activation: t.activation,
+        gated: t.gated,
+        bias: t.bias,
+        inner_norm: norm.maybe(t.inner_norm.as_ref()),
+    }
+}
+
+fn moe(t: MoeTable, norm: &NormTable) -> Moe {
+    let plain = |intermediate_size, activation, gated, bias| {
+        mlp(MlpTable { intermediate_size, activation, gated, bias, inner_norm: None }, norm)
+    };
     Moe {
         experts: t.experts,
         top_k: t.top_k,
-        expert: expert(t.intermediate_size, t.activation, t.gated),
+        expert: plain(t.intermediate_size, t.activation, t.gated, t.bias),
         routing: Routing {
             score: t.routing.score,
+            bias: t.routing.bias,
             correction_bias: t.routing.correction_bias,
             groups: t.routing.groups,
             normalize: t.routing.normalize,
             scale: t.routing.scale,
+            identity_experts: t.routing.identity_experts,
         },
+        weigh_input: t.weigh_input,
         shared: t.shared.map(|shared| SharedExpert {
-            mlp: expert(shared.intermediate_size, shared.activation, shared.gated),
+            mlp: plain(shared.intermediate_size, shared.activation, shared.gated, shared.bias),
             name: shared.name,
             gate: shared.gate,
         }),
+        dense: t.dense.map(|dense| mlp(dense, norm)),
     }
 }
 

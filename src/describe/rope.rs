@@ -84,7 +84,8 @@ pub(super) fn rope(layout: RopeLayout, size: usize, parameters: &Value, context:
     let subject = || Error::new(Code::ConfigInvalid, "config.json: rope_parameters");
     let p: Parameters = serde_json::from_value(parameters.clone())
         .map_err(|e| subject().found(e).help("parameters that mean nothing to the rope_type must be removed"))?;
-    let size = match p.partial_rotary_factor {
+    let whole = size;
+    let size = match p.partial_rotary_factor.filter(|_| p.rope_type != "proportional") {
         Some(part) => truncated(size, part),
         None => size,
     };
@@ -119,6 +120,12 @@ pub(super) fn rope(layout: RopeLayout, size: usize, parameters: &Value, context:
                 original_context,
             }
         }
+        "proportional" => {
+            // The whole head is seen as rotated; the part that turns is a share of its pairs.
+            let share = p.partial_rotary_factor.unwrap_or(1.0);
+            let pairs = truncated(whole, share) / 2;
+            RopeScaling::Proportional { factor: p.factor.unwrap_or(1.0), pairs }
+        }
         "longrope" => {
             let factor = p.factor.unwrap_or_else(|| ratio(context, original_context));
             attention_factor = p.attention_factor.unwrap_or_else(|| longrope_attention(factor, original_context));
@@ -138,7 +145,7 @@ pub(super) fn rope(layout: RopeLayout, size: usize, parameters: &Value, context:
         other => {
             return Err(subject()
                 .found(format!("rope_type {other:?}"))
-                .expected("default, linear, dynamic, llama3, yarn or longrope"));
+                .expected("default, linear, dynamic, llama3, yarn, longrope or proportional"));
         }
     };
     Ok(Rope { layout, size, theta: p.rope_theta, scaling, attention_factor })

@@ -4,27 +4,47 @@ use super::{Form, Lowerer, Operator, Padding};
 use crate::build::AttentionOp;
 use crate::element::ElementType;
 use crate::error::{Code, Error, Result};
-use crate::graph::{Dim, ValueId};
+use crate::graph::{Dim, Shape, ValueId};
 
 /// Query, key, value, past key and past value.
 type Operands = [ValueId; 5];
 
 impl Lowerer {
     pub(super) fn attention(&mut self, op: &AttentionOp, operands: &[ValueId]) -> Result<Vec<ValueId>> {
-        let &[query, key, value, past_key, past_value, _mask] = operands else {
+        let &[query, key, value, past_key, past_value, _mask, ref sinks @ ..] = operands else {
             return Err(Error::new(Code::SpecInvalid, "Attention").found(format!("{} operands", operands.len())));
         };
         let operands = [query, key, value, past_key, past_value];
+        let sinks = sinks.first().copied();
         self.first_form("attention", |s, form| match form {
-            "GroupQueryAttention" => s.group_query_attention(op, operands),
+            "GroupQueryAttention" => s.group_query_attention(op, operands, sinks),
+            "Attention" if sinks.is_some() => Ok(Form::Refused("the operator has no sinks".to_owned())),
             "Attention" => s.standard_attention(op, operands).map(Form::Done),
-            _ => s.attention_spelled_out(op, operands).map(Form::Done),
+            _ => s.attention_spelled_out(op, operands, sinks).map(Form::Done),
         })
+    }
+
+    /// All that is added to the scores.
+    fn whole_mask(&mut self, op: &AttentionOp, element: ElementType) -> Result<ValueId> {
+        let mask = self.score_mask(op, element)?;
+        self.with_alibi(op, mask, element)
+    }
+
+    fn with_alibi(&mut self, op: &AttentionOp, mask: ValueId, element: ElementType) -> Result<ValueId> {
+        let Some(alibi) = op.alibi else { return Ok(mask) };
+        let bias = self.alibi_bias(alibi, op.heads, element)?;
+        let name = self.e.graph.value(mask).name.clone();
+        self.share(&format!("mask/alibi_{}/{name}", op.heads), |s| s.e.add(Operator::new("Add"), &[mask, bias]))
     }
 
     /// `GroupQueryAttention` of onnxruntime. Its `seqlens_k` is the place of each row's last kept token and the
     /// padding is a bias: measured to be exact for left and right padding and through the cache.
-    fn group_query_attention(&mut self, op: &AttentionOp, operands: Operands) -> Result<Form<Vec<ValueId>>> {
+    fn group_query_attention(
+        &mut self,
+        op: &AttentionOp,
+        operands: Operands,
+        sinks: Option<ValueId>,
+    ) -> Result<Form<Vec<ValueId>>> {
         if op.key_size != op.value_size {
             return Ok(Form::Refused(format!(
                 "key heads of {} and value heads of {} differ",
@@ -34,11 +54,7 @@ impl Lowerer {
         if op.key_size % 8 != 0 {
             return Ok(Form::Refused(format!("head size {} is not a multiple of 8", op.key_size)));
         }
-        let element = self.e.ty(operands[0]).element;
-        let bias = match self.options.padding {
-            Padding::Any => Some(self.padding_bias(element)?),
-            Padding::Right => None,
-        };
+        let bias = self.attention_bias(op, self.e.ty(operands[0]).element)?;
         let last = self.last_kept()?;
         let last = self.share("mask/seqlens_k", |s| s.e.cast(last, ElementType::I32))?;
         let total = self.total_length()?;
@@ -52,24 +68,42 @@ impl Lowerer {
         if let Some(window) = op.window {
             call = call.size("local_window_size", window);
         }
+        if let Some(cap) = op.softcap {
+            call = call.float("softcap", cap);
+        }
         let mut inputs: Vec<Option<ValueId>> = operands.into_iter().map(Some).collect();
-        inputs.extend([Some(last), Some(total)]);
-        if bias.is_some() {
-            inputs.extend([None, None, None, bias]);
+        inputs.extend([Some(last), Some(total), None, None, None, bias, sinks]);
+        while inputs.last() == Some(&None) {
+            inputs.pop();
         }
         Ok(Form::Done(self.e.call(call, &inputs, [true; 3])?.to_vec()))
+    }
+
+    /// What `GroupQueryAttention` is not told by its attributes, `[B, 1 or N, S, T]`.
+    fn attention_bias(&mut self, op: &AttentionOp, element: ElementType) -> Result<Option<ValueId>> {
+        if op.chunk.is_some() {
+            return self.whole_mask(op, element).map(Some);
+        }
+        if self.options.padding == Padding::Right && op.alibi.is_none() {
+            return Ok(None);
+        }
+        let padding = self.padding_bias(element)?;
+        self.with_alibi(op, padding, element).map(Some)
     }
 
     /// `Attention` of ONNX 23. All visibility is in an additive float mask: clients differ in how they read
     /// `is_causal` with a cache and boolean masks.
     fn standard_attention(&mut self, op: &AttentionOp, operands: Operands) -> Result<Vec<ValueId>> {
         let [query, key, value, past_key, past_value] = operands.map(Some);
-        let mask = self.score_mask(op.window, self.e.ty(operands[0]).element)?;
-        let call = Operator::new("Attention")
+        let mask = self.whole_mask(op, self.e.ty(operands[0]).element)?;
+        let mut call = Operator::new("Attention")
             .size("q_num_heads", op.heads)
             .size("kv_num_heads", op.kv_heads)
             .float("scale", op.scale)
             .int("is_causal", 0);
+        if let Some(cap) = op.softcap {
+            call = call.float("softcap", cap);
+        }
         let inputs = [query, key, value, Some(mask), past_key, past_value];
         Ok(self.e.call(call, &inputs, [true; 3])?.to_vec())
     }
@@ -82,10 +116,14 @@ impl Lowerer {
     /// k [B, S, K*D] ─ [B, K, S, D] ─ concat past ───┴ scores [B, K, G*S, T] ─ [B, N, S, T] + mask ─ softmax ┐
     /// v [B, S, K*D] ─ [B, K, S, D] ─ concat past ─────────────────────────────────────────────────────────┴ [B, S, N*D]
     /// ```
-    fn attention_spelled_out(&mut self, op: &AttentionOp, operands: Operands) -> Result<Vec<ValueId>> {
+    fn attention_spelled_out(
+        &mut self,
+        op: &AttentionOp,
+        operands: Operands,
+        sinks: Option<ValueId>,
+    ) -> Result<Vec<ValueId>> {
         let [query, key, value, past_key, past_value] = operands;
         let element = self.e.ty(query).element;
-        let mask = self.score_mask(op.window, ElementType::F32)?;
         let query = self.heads_first(query, op.heads, op.key_size)?;
         let key = self.heads_first(key, op.kv_heads, op.key_size)?;
         let value = self.heads_first(value, op.kv_heads, op.value_size)?;
@@ -93,32 +131,75 @@ impl Lowerer {
         let key = self.e.add(join(), &[past_key, key])?;
         let value = self.e.add(join(), &[past_value, value])?;
 
-        let shape = self.e.shape(query).clone();
-        let [batch, _, sequence, _] = shape.as_slice() else {
-            return Err(Error::new(Code::SpecInvalid, "Attention").found("a query that is not [B, N, S, D]"));
-        };
-        let (batch, sequence) = (batch.clone(), sequence.clone());
-        let stacked = &Dim::from(op.heads / op.kv_heads.max(1)) * &sequence;
-        let total = self.e.shape(key).get(2).cloned().unwrap_or_else(|| Dim::from(1));
-        // [B, N, S, D] -> [B, K, G*S, D]
-        let grouped = vec![batch.clone(), Dim::from(op.kv_heads), stacked.clone(), Dim::from(op.key_size)];
-        let query = self.e.reshape(query, &grouped)?;
-        let scale = self.e.scalar(element, op.scale);
-        let query = self.e.add(Operator::new("Mul"), &[query, scale])?;
-        let key_transposed = self.e.add(Operator::new("Transpose").ints("perm", &[0, 1, 3, 2]), &[key])?;
-        let scores = self.e.add(Operator::new("MatMul"), &[query, key_transposed])?;
-        let scores = self.e.cast(scores, ElementType::F32)?;
-        // [B, K, G*S, T] -> [B, N, S, T]
-        let by_head = vec![batch.clone(), Dim::from(op.heads), sequence, total.clone()];
-        let scores = self.reshape_scores(scores, &by_head)?;
-        let scores = self.e.add(Operator::new("Add"), &[scores, mask])?;
-        let weights = self.e.add(Operator::new("Softmax").int("axis", -1), &[scores])?;
+        let weights = self.attention_weights(op, query, key, sinks)?;
         let weights = self.e.cast(weights, element)?;
         // [B, N, S, T] -> [B, K, G*S, T]
+        let shape = self.e.shape(weights).clone();
+        let (batch, stacked, total) = self.stacked(op, &shape)?;
         let weights = self.reshape_scores(weights, &vec![batch, Dim::from(op.kv_heads), stacked, total])?;
         let mixed = self.e.add(Operator::new("MatMul"), &[weights, value])?;
         let output = self.tokens_first(mixed, op)?;
         Ok(vec![output, key, value])
+    }
+
+    /// Batch, stacked query heads, and last axis of `[B, N, S, .]`.
+    fn stacked(&self, op: &AttentionOp, shape: &Shape) -> Result<(Dim, Dim, Dim)> {
+        let [batch, _, sequence, last] = shape.as_slice() else {
+            return Err(Error::new(Code::SpecInvalid, "Attention").found("a query that is not [B, N, S, D]"));
+        };
+        let groups = Dim::from(op.heads / op.kv_heads.max(1));
+        Ok((batch.clone(), &groups * sequence, last.clone()))
+    }
+
+    /// `softmax(q · kᵀ · scale + mask)`, `[B, N, S, T]` in float32
+    fn attention_weights(
+        &mut self,
+        op: &AttentionOp,
+        query: ValueId,
+        key: ValueId,
+        sinks: Option<ValueId>,
+    ) -> Result<ValueId> {
+        let mask = self.whole_mask(op, ElementType::F32)?;
+        let element = self.e.ty(query).element;
+        let shape = self.e.shape(query).clone();
+        let (batch, stacked, size) = self.stacked(op, &shape)?;
+        let total = self.e.shape(key).get(2).cloned().unwrap_or_else(|| Dim::from(1));
+        // [B, N, S, D] -> [B, K, G*S, D]
+        let query = self.e.reshape(query, &vec![batch.clone(), Dim::from(op.kv_heads), stacked, size])?;
+        let scale = self.e.scalar(element, op.scale);
+        let query = self.e.add(Operator::new("Mul"), &[query, scale])?;
+        let key = self.e.add(Operator::new("Transpose").ints("perm", &[0, 1, 3, 2]), &[key])?;
+        let scores = self.e.add(Operator::new("MatMul"), &[query, key])?;
+        let scores = self.e.cast(scores, ElementType::F32)?;
+        // [B, K, G*S, T] -> [B, N, S, T]
+        let sequence = shape.get(2).cloned().unwrap_or_else(|| Dim::from(1));
+        let mut scores = self.reshape_scores(scores, &vec![batch, Dim::from(op.heads), sequence, total])?;
+        if let Some(cap) = op.softcap {
+            scores = self.softcap(cap, scores)?;
+        }
+        let scores = self.e.add(Operator::new("Add"), &[scores, mask])?;
+        match sinks {
+            None => self.e.add(Operator::new("Softmax").int("axis", -1), &[scores]),
+            Some(sinks) => self.softmax_with_sinks(scores, sinks),
+        }
+    }
+
+    /// `exp(s - m) / (Σ exp(s - m) + exp(sink - m))` with `m` the largest of all.
+    fn softmax_with_sinks(&mut self, scores: ValueId, sinks: ValueId) -> Result<ValueId> {
+        let sinks = self.e.cast(sinks, ElementType::F32)?;
+        let axes = self.e.ints(&[1, 2]);
+        // [N] -> [N, 1, 1]
+        let sinks = self.e.add(Operator::new("Unsqueeze"), &[sinks, axes])?;
+        let largest = self.reduce("ReduceMax", scores, &[-1], true)?;
+        let largest = self.e.add(Operator::new("Max"), &[largest, sinks])?;
+        let e = &mut self.e;
+        let shifted = e.add(Operator::new("Sub"), &[scores, largest])?;
+        let exponentials = e.add(Operator::new("Exp"), &[shifted])?;
+        let sink = e.add(Operator::new("Sub"), &[sinks, largest])?;
+        let sink = e.add(Operator::new("Exp"), &[sink])?;
+        let sum = self.reduce("ReduceSum", exponentials, &[-1], true)?;
+        let sum = self.e.add(Operator::new("Add"), &[sum, sink])?;
+        self.e.add(Operator::new("Div"), &[exponentials, sum])
     }
 
     /// `[B, S, N * D]` -> `[B, N, S, D]`
@@ -146,7 +227,7 @@ impl Lowerer {
     }
 
     /// Between `[B, K, G*S, T]` and `[B, N, S, T]`: the last size is open, so it is given and the third follows.
-    fn reshape_scores(&mut self, x: ValueId, shape: &crate::graph::Shape) -> Result<ValueId> {
+    fn reshape_scores(&mut self, x: ValueId, shape: &Shape) -> Result<ValueId> {
         if self.e.shape(x) == shape {
             return Ok(x);
         }

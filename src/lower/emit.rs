@@ -148,6 +148,11 @@ impl Emitter {
         self.floats_of(element, &[value], Some(Shape::new()))
     }
 
+    /// A constant list of one float, `[n]`.
+    pub(super) fn filled(&mut self, element: ElementType, count: usize, value: f64) -> ValueId {
+        self.floats_of(element, &vec![value; count], None)
+    }
+
     /// A constant list of float32, `[n]`.
     pub(super) fn floats(&mut self, values: &[f32]) -> ValueId {
         let values: Vec<f64> = values.iter().map(|value| f64::from(*value)).collect();

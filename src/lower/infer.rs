@@ -67,6 +67,7 @@ pub(super) fn infer(op: &Operator, operands: &[Option<Operand>]) -> Result<Vec<I
         "ReduceSum" | "ReduceMax" | "ReduceMean" => {
             typed(x.ty.element, reduce(op, x, operands.get(1).copied().flatten())?)
         }
+        "ArgMax" => typed(ElementType::I64, reduce_axes(op, &x.ty.shape, &[op.get_int("axis").unwrap_or(0)])?),
         "TopK" => {
             let count = one(get(1)?)?;
             let shape = with_axis(&x.ty.shape, op.get_int("axis").unwrap_or(-1), count)?;
@@ -74,7 +75,7 @@ pub(super) fn infer(op: &Operator, operands: &[Option<Operand>]) -> Result<Vec<I
             results.extend(typed(ElementType::I64, shape));
             results
         }
-        "SkipSimplifiedLayerNormalization" => {
+        "SkipSimplifiedLayerNormalization" | "SkipLayerNormalization" => {
             let mut results = same();
             results.extend((0..3).flat_map(|_| same()));
             results
@@ -90,7 +91,7 @@ pub(super) fn infer(op: &Operator, operands: &[Option<Operand>]) -> Result<Vec<I
 }
 
 /// Operators whose one result has the type of their first operand.
-const ELEMENTWISE: [&str; 22] = [
+const ELEMENTWISE: [&str; 26] = [
     "Sigmoid",
     "Tanh",
     "Sqrt",
@@ -113,6 +114,10 @@ const ELEMENTWISE: [&str; 22] = [
     "ScatterElements",
     "Floor",
     "Abs",
+    "Clip",
+    "Softplus",
+    "LayerNormalization",
+    "CumSum",
 ];
 
 fn element_of(onnx: i64) -> Option<ElementType> {
@@ -314,10 +319,14 @@ fn reduce(op: &Operator, x: Operand, axes: Option<Operand>) -> Result<Shape, Str
         (None, Some(axes)) => numbers(axes)?,
         (None, None) => (0..).take(x.ty.shape.len()).collect(),
     };
-    let rank = x.ty.shape.len();
+    reduce_axes(op, &x.ty.shape, &axes)
+}
+
+fn reduce_axes(op: &Operator, shape: &Shape, axes: &[i64]) -> Result<Shape, String> {
+    let rank = shape.len();
     let gone: Vec<usize> = axes.iter().map(|axis| axis_index(*axis, rank)).collect::<Result<_, _>>()?;
     let keep = op.get_int("keepdims").unwrap_or(1) == 1;
-    let reduced = x.ty.shape.iter().enumerate().filter_map(|(i, dim)| match gone.contains(&i) {
+    let reduced = shape.iter().enumerate().filter_map(|(i, dim)| match gone.contains(&i) {
         false => Some(dim.clone()),
         true if keep => Some(Dim::from(1)),
         true => None,

@@ -5,9 +5,11 @@
 //! softmax is empty; rows of padding are nobody's result.
 
 use super::{Lowerer, Operator};
+use crate::build::AttentionOp;
 use crate::element::ElementType;
 use crate::error::Result;
 use crate::graph::ValueId;
+use crate::spec::Alibi;
 
 /// What is added to a score that must not count: half the lowest number, so that no sum overflows.
 pub(super) fn masked(element: ElementType) -> f64 {
@@ -15,6 +17,18 @@ pub(super) fn masked(element: ElementType) -> f64 {
         ElementType::F16 => -65504.0 / 2.0,
         _ => f64::from(f32::MIN) / 2.0,
     }
+}
+
+/// `2^(-max · h / n)` for the largest power of two `n` that is not above the heads, then every other one of twice as
+/// many for the rest (Press et al. 2021).
+fn slopes(heads: usize, max: f64, rounded: bool) -> Vec<f32> {
+    let whole = if heads.is_power_of_two() { heads } else { heads.next_power_of_two() / 2 };
+    let slope = |h: usize, n: usize| (-max * super::rope::float(h) / super::rope::float(n)).exp2();
+    let first = (1..=whole).map(|h| slope(h, whole));
+    let rest = (0..heads - whole).map(|h| slope(2 * h + 1, 2 * whole));
+    #[expect(clippy::cast_possible_truncation, reason = "slopes are float32")]
+    let single = |slope: f64| if rounded { half::bf16::from_f64(slope).to_f32() } else { slope as f32 };
+    first.chain(rest).map(single).collect()
 }
 
 impl Lowerer {
@@ -70,21 +84,78 @@ impl Lowerer {
     }
 
     /// What is added to the scores: 0 where the query sees the key, `[B, 1, S, T]`
-    pub(super) fn score_mask(&mut self, window: Option<usize>, element: ElementType) -> Result<ValueId> {
+    pub(super) fn score_mask(&mut self, op: &AttentionOp, element: ElementType) -> Result<ValueId> {
         let (key, query, kept) = (self.key_index()?, self.query_index()?, self.kept()?);
-        self.share(&format!("mask/{element}/{window:?}"), |s| {
+        let block = op.chunk.map(|chunk| self.same_block(chunk)).transpose()?;
+        self.share(&format!("mask/{element}/{:?}/{:?}", op.window, op.chunk), |s| {
             let mut visible = s.e.add(Operator::new("LessOrEqual"), &[key, query])?;
-            if let Some(window) = window {
+            if let Some(window) = op.window {
                 let window = s.e.int(i64::try_from(window).unwrap_or(i64::MAX));
                 let before = s.e.add(Operator::new("Sub"), &[query, window])?;
                 let near = s.e.add(Operator::new("Greater"), &[key, before])?;
                 visible = s.e.add(Operator::new("And"), &[visible, near])?;
+            }
+            if let Some(block) = block {
+                visible = s.e.add(Operator::new("And"), &[visible, block])?;
             }
             let itself = s.e.add(Operator::new("Equal"), &[key, query])?;
             let kept = s.e.add(Operator::new("Or"), &[kept, itself])?;
             let visible = s.e.add(Operator::new("And"), &[visible, kept])?;
             s.zero_where(visible, element)
         })
+    }
+
+    /// Which keys lie in the query's block; blocks are counted from each row's first kept token, `[B, 1, S, T]`
+    fn same_block(&mut self, chunk: usize) -> Result<ValueId> {
+        let (key, query) = (self.key_index()?, self.query_index()?);
+        self.share(&format!("mask/block_{chunk}"), |s| {
+            let mask = s.input("attention_mask")?;
+            let first = s.e.add(Operator::new("ArgMax").int("axis", 1).int("keepdims", 1), &[mask])?;
+            let (axes, size) = (s.e.ints(&[1, 2]), s.e.int(i64::try_from(chunk).unwrap_or(i64::MAX)));
+            // [B, 1] -> [B, 1, 1, 1]
+            let first = s.e.add(Operator::new("Unsqueeze"), &[first, axes])?;
+            let block = |s: &mut Self, index| {
+                let place = s.e.add(Operator::new("Sub"), &[index, first])?;
+                s.e.add(Operator::new("Div"), &[place, size])
+            };
+            let (key, query) = (block(s, key)?, block(s, query)?);
+            s.e.add(Operator::new("Equal"), &[key, query])
+        })
+    }
+
+    /// Biases that fall with distance, `[B, N, 1, T]`: softmax does not see what is the same for all keys, so a
+    /// key's place is enough. Places are counted over kept tokens, as transformers does.
+    pub(super) fn alibi_bias(&mut self, alibi: Alibi, heads: usize, element: ElementType) -> Result<ValueId> {
+        self.share(&format!("mask/alibi_{heads}_{element}_{alibi:?}"), |s| {
+            let mask = s.input("attention_mask")?;
+            let (axis, one) = (s.e.int(1), s.e.int(1));
+            let place = s.e.add(Operator::new("CumSum"), &[mask, axis])?;
+            let place = s.e.add(Operator::new("Sub"), &[place, one])?;
+            let place = s.e.add(Operator::new("Mul"), &[place, mask])?;
+            let axes = s.e.ints(&[1, 2]);
+            // [B, T] -> [B, 1, 1, T]
+            let place = s.e.add(Operator::new("Unsqueeze"), &[place, axes])?;
+            let place = s.e.cast(place, ElementType::F32)?;
+            let place = if alibi.rounded { s.rounded(place)? } else { place };
+            let slopes = slopes(heads, alibi.max, alibi.rounded);
+            let slopes = s.e.floats(&slopes);
+            let axes = s.e.ints(&[1, 2]);
+            // [N] -> [N, 1, 1]
+            let slopes = s.e.add(Operator::new("Unsqueeze"), &[slopes, axes])?;
+            let mut bias = s.e.add(Operator::new("Mul"), &[place, slopes])?;
+            if alibi.rounded {
+                bias = s.rounded(bias)?;
+            }
+            let scale = s.e.scalar(ElementType::F32, alibi.scale);
+            let bias = s.e.add(Operator::new("Mul"), &[bias, scale])?;
+            s.e.cast(bias, element)
+        })
+    }
+
+    /// Rounded to bfloat16 and back.
+    fn rounded(&mut self, x: ValueId) -> Result<ValueId> {
+        let x = self.e.cast(x, ElementType::BF16)?;
+        self.e.cast(x, ElementType::F32)
     }
 
     /// The padding alone as something added to the scores, `[B, 1, S, T]`

@@ -4,6 +4,7 @@
 //! lists, for each composite operation, the forms to try, best first; a form that can not express a case says
 //! why and the next one is tried. The reasons are kept for `inspect`.
 
+mod activation;
 mod attention;
 mod emit;
 mod infer;
@@ -11,6 +12,7 @@ mod masks;
 mod moe;
 mod norm;
 mod onnx_graph;
+mod position;
 mod rope;
 mod rotary;
 
@@ -23,7 +25,6 @@ use crate::element::ElementType;
 use crate::error::{Code, Error, Result};
 use crate::graph::{Dim, Graph, Node, Shape, Source, Type, ValueId};
 use crate::opset::Target;
-use crate::spec::Activation;
 use crate::weight::Weight;
 use emit::Emitter;
 
@@ -178,7 +179,13 @@ impl Lowerer {
             (Composite::Add, [a, b]) => self.e.add(Operator::new("Add"), &[*a, *b]),
             (Composite::Multiply, [a, b]) => self.e.add(Operator::new("Mul"), &[*a, *b]),
             (Composite::Sigmoid, [x]) => self.e.add(Operator::new("Sigmoid"), &[*x]),
-            (Composite::Activate(activation), [x]) => self.activate(*activation, *x),
+            (Composite::Activate(activation), [x, slopes @ ..]) => self.activate(*activation, *x, slopes),
+            (Composite::ClampedSwiglu, [gate, up]) => self.clamped_swiglu(*gate, *up),
+            (Composite::Softcap(cap), [x]) => self.softcap(*cap, *x),
+            (Composite::Clip(bound), [x]) => self.clip(Some(-bound), Some(*bound), *x),
+            (Composite::Shift(offset), [x]) => self.shift(*offset, *x),
+            (Composite::Sinusoid { width }, [positions]) => self.sinusoid(*width, *positions),
+            (Composite::PositionScale(scale), [positions]) => self.position_scale(scale, *positions),
             (Composite::Reshape(_), [x]) => self.reshape(*x, &result_shape(0)),
             (Composite::Expand(_), [x]) => self.expand(*x, &result_shape(0)),
             (Composite::Concat, parts) => self.e.add(Operator::new("Concat").int("axis", -1), parts),
@@ -252,51 +259,6 @@ impl Lowerer {
         })
     }
 
-    fn activate(&mut self, activation: Activation, x: ValueId) -> Result<ValueId> {
-        let element = self.e.ty(x).element;
-        match activation {
-            Activation::Silu => {
-                let gate = self.e.add(Operator::new("Sigmoid"), &[x])?;
-                self.e.add(Operator::new("Mul"), &[x, gate])
-            }
-            Activation::Relu => self.e.add(Operator::new("Relu"), &[x]),
-            Activation::Relu2 => {
-                let positive = self.e.add(Operator::new("Relu"), &[x])?;
-                self.e.add(Operator::new("Mul"), &[positive, positive])
-            }
-            Activation::Gelu | Activation::GeluPytorchTanh => self.first_form("gelu", |s, form| match form {
-                "Gelu" => {
-                    let approximate = if activation == Activation::Gelu { "none" } else { "tanh" };
-                    s.e.add(Operator::new("Gelu").string("approximate", approximate), &[x]).map(Form::Done)
-                }
-                _ => s.gelu_spelled_out(activation, x, element).map(Form::Done),
-            }),
-        }
-    }
-
-    /// `x/2 · (1 + erf(x/√2))`, or `x/2 · (1 + tanh(√(2/π)·(x + 0.044715·x³)))`.
-    fn gelu_spelled_out(&mut self, activation: Activation, x: ValueId, element: ElementType) -> Result<ValueId> {
-        let e = &mut self.e;
-        let inner = if activation == Activation::Gelu {
-            let root = e.scalar(element, std::f64::consts::FRAC_1_SQRT_2);
-            let scaled = e.add(Operator::new("Mul"), &[x, root])?;
-            e.add(Operator::new("Erf"), &[scaled])?
-        } else {
-            let square = e.add(Operator::new("Mul"), &[x, x])?;
-            let cube = e.add(Operator::new("Mul"), &[square, x])?;
-            let factor = e.scalar(element, 0.044_715);
-            let cube = e.add(Operator::new("Mul"), &[cube, factor])?;
-            let sum = e.add(Operator::new("Add"), &[x, cube])?;
-            let root = e.scalar(element, (2.0 / std::f64::consts::PI).sqrt());
-            let scaled = e.add(Operator::new("Mul"), &[sum, root])?;
-            e.add(Operator::new("Tanh"), &[scaled])?
-        };
-        let (one, half) = (e.scalar(element, 1.0), e.scalar(element, 0.5));
-        let inner = e.add(Operator::new("Add"), &[inner, one])?;
-        let halved = e.add(Operator::new("Mul"), &[x, half])?;
-        e.add(Operator::new("Mul"), &[halved, inner])
-    }
-
     /// Reshapes; where batch and sequence must be told apart again, their sizes come from `input_ids`.
     fn reshape(&mut self, x: ValueId, shape: &Shape) -> Result<ValueId> {
         let source = self.e.shape(x).clone();
@@ -336,6 +298,7 @@ impl Lowerer {
         let op = Operator::new("Split").int("axis", -1);
         let operands = [Some(x), Some(lengths)];
         match sizes.len() {
+            1 => Ok(vec![x]),
             2 => Ok(self.e.call(op, &operands, [true; 2])?.to_vec()),
             3 => Ok(self.e.call(op, &operands, [true; 3])?.to_vec()),
             other => Err(Error::new(Code::SpecInvalid, "Split").found(other).expected("2 or 3 pieces")),

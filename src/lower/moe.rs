@@ -8,15 +8,21 @@ use crate::graph::{Dim, Graph, ValueId};
 use crate::spec::{Activation, Score};
 use crate::weight::Weight;
 
-/// Operands of a mixture of experts. Weights stay values of the model's graph until it is known in which form
-/// they are wanted.
+/// One projection of all experts, still as values of the model's graph: it is lowered in the form that is wanted.
+#[derive(Clone, Copy)]
+struct Projection {
+    weight: ValueId,
+    bias: Option<ValueId>,
+}
+
+/// Operands of a mixture of experts.
 struct Operands {
     x: ValueId,
     logits: ValueId,
     correction_bias: Option<ValueId>,
-    gate: Option<ValueId>,
-    up: ValueId,
-    down: ValueId,
+    gate: Option<Projection>,
+    up: Projection,
+    down: Projection,
 }
 
 /// What the fused operator is to do itself.
@@ -33,56 +39,62 @@ impl Lowerer {
         let mut next = || rest.next().ok_or_else(|| Error::new(Code::SpecInvalid, "Moe").found("too few operands"));
         let (x, logits) = (self.value(model, next()?)?, self.value(model, next()?)?);
         let correction_bias = if op.routing.correction_bias { Some(self.value(model, next()?)?) } else { None };
-        let gate = if op.gated { Some(next()?) } else { None };
-        let operands = Operands { x, logits, correction_bias, gate, up: next()?, down: next()? };
-        self.first_form("moe", |s, form| match form {
+        let mut projection = || -> Result<Projection> {
+            Ok(Projection { weight: next()?, bias: if op.bias { Some(next()?) } else { None } })
+        };
+        let gate = if op.gated { Some(projection()?) } else { None };
+        let operands = Operands { x, logits, correction_bias, gate, up: projection()?, down: projection()? };
+        let y = self.first_form("moe", |s, form| match form {
             "MoE" => s.fused_moe(op, model, &operands),
             _ => s.every_expert(op, model, &operands).map(Form::Done),
-        })
+        })?;
+        self.with_identity_experts(op, &operands, y)
+    }
+
+    /// Experts that hand their input on: it is added with the weights that chose them.
+    fn with_identity_experts(&mut self, op: &MoeOp, operands: &Operands, y: ValueId) -> Result<ValueId> {
+        if op.routing.identity_experts == 0 {
+            return Ok(y);
+        }
+        let weights = self.dense_weights(op, operands)?;
+        let [_, idle] = self.split_pair(weights, op.experts, op.routing.identity_experts)?;
+        let share = self.reduce("ReduceSum", idle, &[-1], true)?;
+        let share = self.e.cast(share, self.e.ty(operands.x).element)?;
+        let kept = self.e.add(Operator::new("Mul"), &[operands.x, share])?;
+        self.e.add(Operator::new("Add"), &[y, kept])
     }
 
     /// `MoE` of onnxruntime: only the chosen experts run. It takes gate and up rows in turn, and only float32.
     fn fused_moe(&mut self, op: &MoeOp, model: &Graph<Model>, operands: &Operands) -> Result<Form<ValueId>> {
-        let activation = match (op.gated, op.activation) {
-            (true, Activation::Silu) => "swiglu",
-            (false, Activation::Silu) => "silu",
-            (false, Activation::Relu) => "relu",
-            (_, other) => {
-                let kind = if op.gated { "gated" } else { "plain" };
+        if op.weigh_input {
+            return Ok(Form::Refused("the operator weighs outputs, not inputs".to_owned()));
+        }
+        let mut call = Operator::microsoft("MoE").size("k", op.top_k);
+        call = match (op.gated, op.activation) {
+            (true, Activation::Silu) => swiglu(call, 1.0, 0.0),
+            (true, Activation::ClampedSwiglu) => swiglu(call, 1.702, 1.0).float("swiglu_limit", 7.0),
+            (false, Activation::Silu) => call.string("activation_type", "silu"),
+            (false, Activation::Relu) => call.string("activation_type", "relu"),
+            (gated, other) => {
+                let kind = if gated { "gated" } else { "plain" };
                 return Ok(Form::Refused(format!("the operator has no {kind} {other:?} experts")));
             }
         };
-        let up_name = model.value(operands.up).name.clone();
-        let mut first = Weight::source(&up_name);
-        let mut first_type = self.ty(model.ty(operands.up));
-        let mut first_name = up_name;
-        if let Some(gate) = operands.gate {
-            let gate = Weight::source(&model.value(gate).name);
-            first = Weight::Interleave(1, vec![gate, first]);
-            first_name = first_name.replace("up_proj", "gate_up_proj");
-            // [E, I, H] twice -> [E, 2 * I, H]
-            if let Some(rows) = first_type.shape.get_mut(1) {
-                *rows = Dim::from(2 * op.intermediate_size);
-            }
-        }
-        let first = self.e.weight(&first_name, first_type, first);
-        let first = self.e.cast(first, ElementType::F32)?;
-        let down = self.value(model, operands.down)?;
+        let (first, first_bias) = self.first_projection(op, model, operands)?;
+        let (down, down_bias) = self.projection(model, operands.down)?;
         let down = self.e.cast(down, ElementType::F32)?;
+        let down_bias = down_bias.map(|bias| self.e.cast(bias, ElementType::F32)).transpose()?;
         let routing = self.fused_routing(op, operands)?;
         let experts = vec![self.tokens(operands.x), Dim::from(op.experts)];
         // [B, S, E] -> [B * S, E]
         let logits = self.e.reshape(routing.logits, &experts)?;
         let element = self.e.ty(operands.x).element;
         let x = self.e.cast(operands.x, ElementType::F32)?;
-        let mut call = Operator::microsoft("MoE")
-            .size("k", op.top_k)
-            .string("activation_type", activation)
-            .int("normalize_routing_weights", routing.normalize.into());
-        if op.gated {
-            call = call.int("swiglu_fusion", 1).float("activation_alpha", 1.0).float("activation_beta", 0.0);
+        let call = call.int("normalize_routing_weights", routing.normalize.into());
+        let mut inputs = vec![Some(x), Some(logits), Some(first), first_bias, Some(down), down_bias];
+        while inputs.last() == Some(&None) {
+            inputs.pop();
         }
-        let inputs = [Some(x), Some(logits), Some(first), None, Some(down)];
         let [mut y] = self.e.call(call, &inputs, [true])?;
         if let Some(scale) = routing.scale {
             y = self.e.add(Operator::new("Mul"), &[y, scale])?;
@@ -90,29 +102,85 @@ impl Lowerer {
         self.e.cast(y, element).map(Form::Done)
     }
 
+    /// Weight and bias of a projection as they are stored.
+    fn projection(&mut self, model: &Graph<Model>, projection: Projection) -> Result<(ValueId, Option<ValueId>)> {
+        let weight = self.value(model, projection.weight)?;
+        Ok((weight, projection.bias.map(|bias| self.value(model, bias)).transpose()?))
+    }
+
+    /// The projection into experts in float32, the rows of gate and up in turn where there is a gate.
+    fn first_projection(
+        &mut self,
+        op: &MoeOp,
+        model: &Graph<Model>,
+        operands: &Operands,
+    ) -> Result<(ValueId, Option<ValueId>)> {
+        let (weight, bias) = match operands.gate {
+            None => self.projection(model, operands.up)?,
+            Some(gate) => {
+                let weight = self.interleaved(op, model, gate.weight, operands.up.weight);
+                let biases = gate.bias.zip(operands.up.bias);
+                (weight, biases.map(|(gate, up)| self.interleaved(op, model, gate, up)))
+            }
+        };
+        let weight = self.e.cast(weight, ElementType::F32)?;
+        Ok((weight, bias.map(|bias| self.e.cast(bias, ElementType::F32)).transpose()?))
+    }
+
+    /// `[E, I, ..]` twice -> `[E, 2 * I, ..]`
+    fn interleaved(&mut self, op: &MoeOp, model: &Graph<Model>, gate: ValueId, up: ValueId) -> ValueId {
+        let source = |id: ValueId| Weight::source(&model.value(id).name);
+        let mut ty = self.ty(model.ty(up));
+        if let Some(rows) = ty.shape.get_mut(1) {
+            *rows = Dim::from(2 * op.intermediate_size);
+        }
+        let name = model.value(up).name.replace("up_proj", "gate_up_proj");
+        self.e.weight(&name, ty, Weight::Interleave(1, vec![source(gate), source(up)]))
+    }
+
     /// The operator applies softmax to its logits and keeps the top `k`. Any other routing is computed outside
-    /// and handed over as the logarithms of the chosen weights, with -1e4 for the rest: softmax gives back each
-    /// weight divided by their sum, which multiplies the result.
+    /// and handed over as the logarithms of the chosen weights, with those of almost nothing for the rest: softmax
+    /// gives back each weight divided by their sum, which multiplies the result.
     fn fused_routing(&mut self, op: &MoeOp, operands: &Operands) -> Result<FusedRouting> {
         let routing = &op.routing;
         #[expect(clippy::float_cmp, reason = "exactly one means that there is nothing to multiply")]
         let plain = routing.score == Score::Softmax
             && !routing.correction_bias
             && routing.groups.is_none()
+            && routing.identity_experts == 0
             && routing.scale == 1.0;
         if plain {
             return Ok(FusedRouting { logits: operands.logits, normalize: routing.normalize, scale: None });
         }
-        let (chosen, weights) = self.route(op, operands)?;
-        // A weight that underflows must not become minus infinity.
+        let mut weights = self.dense_weights(op, operands)?;
+        if routing.identity_experts > 0 {
+            [weights, _] = self.split_pair(weights, op.experts, routing.identity_experts)?;
+        }
         let tiny = self.e.scalar(ElementType::F32, 1e-30);
         let positive = self.e.add(Operator::new("Max"), &[weights, tiny])?;
-        let logarithms = self.e.add(Operator::new("Log"), &[positive])?;
-        let never = self.filled_like(operands.logits, -1e4)?;
-        let scatter = Operator::new("ScatterElements").int("axis", -1);
-        let logits = self.e.add(scatter, &[never, chosen, logarithms])?;
+        let logits = self.e.add(Operator::new("Log"), &[positive])?;
         let scale = self.reduce("ReduceSum", weights, &[-1], true)?;
         Ok(FusedRouting { logits, normalize: true, scale: Some(scale) })
+    }
+
+    /// The weights of all experts, 0 for those that were not chosen, `[B, S, E]`.
+    fn dense_weights(&mut self, op: &MoeOp, operands: &Operands) -> Result<ValueId> {
+        let name = self.e.graph.value(operands.logits).name.clone();
+        if let Some(known) = self.shared.get(&name) {
+            return Ok(*known);
+        }
+        let (chosen, weights) = self.route(op, operands)?;
+        let none = self.filled_like(operands.logits, 0.0)?;
+        let weights = self.e.add(Operator::new("ScatterElements").int("axis", -1), &[none, chosen, weights])?;
+        self.shared.insert(name, weights);
+        Ok(weights)
+    }
+
+    fn split_pair(&mut self, x: ValueId, first: usize, second: usize) -> Result<[ValueId; 2]> {
+        match self.split(x, &[first, second])?.as_slice() {
+            [first, second] => Ok([*first, *second]),
+            other => Err(Error::new(Code::SpecInvalid, "Split").found(other.len()).expected("2 pieces")),
+        }
     }
 
     /// The chosen experts of every token and their weights, `[B, S, k]` each.
@@ -121,6 +189,7 @@ impl Lowerer {
         let scores = match routing.score {
             Score::Softmax => self.e.add(Operator::new("Softmax").int("axis", -1), &[operands.logits])?,
             Score::Sigmoid => self.e.add(Operator::new("Sigmoid"), &[operands.logits])?,
+            Score::Sparsemixer { jitter } => return self.sparsemixer(operands.logits, jitter),
         };
         let mut choice = scores;
         if let Some(bias) = operands.correction_bias {
@@ -141,6 +210,35 @@ impl Lowerer {
             weights = self.e.add(Operator::new("Mul"), &[weights, scale])?;
         }
         Ok((chosen, weights))
+    }
+
+    /// `sparsemixer` of Phi-3.5-MoE: the best expert, and the best of the rest, each with its softmax among those
+    /// whose score is within `2 · jitter` of the best by `(best - s) / max(|s|, best)`.
+    fn sparsemixer(&mut self, logits: ValueId, jitter: f64) -> Result<(ValueId, ValueId)> {
+        let lowest = self.e.scalar(ElementType::F32, f64::from(f32::MIN));
+        let mut candidates = logits;
+        let (mut chosen, mut weights) = (Vec::new(), Vec::new());
+        for round in 0..2 {
+            let [best, place] = self.top_k(candidates, 1)?;
+            let size = self.e.add(Operator::new("Abs"), &[logits])?;
+            let size = self.e.add(Operator::new("Max"), &[size, best])?;
+            let gap = self.e.add(Operator::new("Sub"), &[best, logits])?;
+            let gap = self.e.add(Operator::new("Div"), &[gap, size])?;
+            let limit = self.e.scalar(ElementType::F32, 2.0 * jitter);
+            let far = self.e.add(Operator::new("Greater"), &[gap, limit])?;
+            let close = self.e.add(Operator::new("Where"), &[far, lowest, candidates])?;
+            let shares = self.e.add(Operator::new("Softmax").int("axis", -1), &[close])?;
+            let gather = Operator::new("GatherElements").int("axis", -1);
+            weights.push(self.e.add(gather, &[shares, place])?);
+            chosen.push(place);
+            if round == 0 {
+                let gone = self.filled_like(place, f64::from(f32::MIN))?;
+                let scatter = Operator::new("ScatterElements").int("axis", -1);
+                candidates = self.e.add(scatter, &[logits, place, gone])?;
+            }
+        }
+        let join = || Operator::new("Concat").int("axis", -1);
+        Ok((self.e.add(join(), &chosen)?, self.e.add(join(), &weights)?))
     }
 
     /// The scores with those of experts outside the best groups out of the choice (`DeepseekV3TopkRouter`).
@@ -199,35 +297,55 @@ impl Lowerer {
     /// weights [B, S, E] ─ [T', E] ─ [E, 1, T'] ─────────────────────────────────────── multiply ──┴ sum ─ [H, T']
     /// ```
     fn every_expert(&mut self, op: &MoeOp, model: &Graph<Model>, operands: &Operands) -> Result<ValueId> {
-        let (up, down) = (self.value(model, operands.up)?, self.value(model, operands.down)?);
-        let gate = operands.gate.map(|gate| self.value(model, gate)).transpose()?;
-        let (chosen, weights) = self.route(op, operands)?;
-        let none = self.filled_like(operands.logits, 0.0)?;
-        let weights = self.e.add(Operator::new("ScatterElements").int("axis", -1), &[none, chosen, weights])?;
         let element = self.e.ty(operands.x).element;
+        let mut weights = self.dense_weights(op, operands)?;
+        if op.routing.identity_experts > 0 {
+            [weights, _] = self.split_pair(weights, op.experts, op.routing.identity_experts)?;
+        }
         let weights = self.e.cast(weights, element)?;
         let weights = self.tokens_last(weights)?;
         let axis = self.e.ints(&[1]);
         // [E, T'] -> [E, 1, T']
         let weights = self.e.add(Operator::new("Unsqueeze"), &[weights, axis])?;
 
-        let x = self.tokens_last(operands.x)?;
-        let matmul = || Operator::new("MatMul");
-        let mut inner = self.e.add(matmul(), &[up, x])?;
-        if let Some(gate) = gate {
-            let gate = self.e.add(matmul(), &[gate, x])?;
-            let gate = self.activate(op.activation, gate)?;
-            inner = self.e.add(Operator::new("Mul"), &[gate, inner])?;
-        } else {
-            inner = self.activate(op.activation, inner)?;
+        let mut x = self.tokens_last(operands.x)?;
+        if op.weigh_input {
+            // [H, T'] times [E, 1, T'] -> [E, H, T']
+            x = self.e.add(Operator::new("Mul"), &[x, weights])?;
         }
-        let y = self.e.add(matmul(), &[down, inner])?;
-        let y = self.e.add(Operator::new("Mul"), &[y, weights])?;
+        let up = self.project(model, operands.up, x)?;
+        let inner = match operands.gate {
+            None => self.activate(op.activation, up, &[])?,
+            Some(gate) => {
+                let gate = self.project(model, gate, x)?;
+                if op.activation == Activation::ClampedSwiglu {
+                    self.clamped_swiglu(gate, up)?
+                } else {
+                    let gate = self.activate(op.activation, gate, &[])?;
+                    self.e.add(Operator::new("Mul"), &[gate, up])?
+                }
+            }
+        };
+        let mut y = self.project(model, operands.down, inner)?;
+        if !op.weigh_input {
+            y = self.e.add(Operator::new("Mul"), &[y, weights])?;
+        }
         // [E, H, T'] -> [H, T'] -> [T', H] -> [B, S, H]
         let y = self.reduce("ReduceSum", y, &[0], false)?;
         let y = self.e.add(Operator::new("Transpose").ints("perm", &[1, 0]), &[y])?;
         let shape = self.e.shape(operands.x).clone();
         self.reshape(y, &shape)
+    }
+
+    /// `weight · x + bias`, `[E, O, I] · [I, T']` or `[E, I, T']` -> `[E, O, T']`
+    fn project(&mut self, model: &Graph<Model>, projection: Projection, x: ValueId) -> Result<ValueId> {
+        let (weight, bias) = self.projection(model, projection)?;
+        let y = self.e.add(Operator::new("MatMul"), &[weight, x])?;
+        let Some(bias) = bias else { return Ok(y) };
+        let axis = self.e.ints(&[2]);
+        // [E, O] -> [E, O, 1]
+        let bias = self.e.add(Operator::new("Unsqueeze"), &[bias, axis])?;
+        self.e.add(Operator::new("Add"), &[y, bias])
     }
 
     /// `[B, S, N]` -> `[N, B * S]`
@@ -237,4 +355,12 @@ impl Lowerer {
         let x = self.e.reshape(x, &rows)?;
         self.e.add(Operator::new("Transpose").ints("perm", &[1, 0]), &[x])
     }
+}
+
+/// The attributes of a gated expert whose gate and up rows come in turn.
+fn swiglu(call: Operator, alpha: f64, beta: f64) -> Operator {
+    call.string("activation_type", "swiglu")
+        .int("swiglu_fusion", 1)
+        .float("activation_alpha", alpha)
+        .float("activation_beta", beta)
 }

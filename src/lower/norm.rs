@@ -3,66 +3,110 @@
 use super::{Form, Lowerer, Operator};
 use crate::build::{Model, NormOp};
 use crate::element::ElementType;
-use crate::error::Result;
-use crate::graph::{Graph, ValueId};
+use crate::error::{Code, Error, Result};
+use crate::graph::{Dim, Graph, ValueId};
+use crate::spec::NormKind;
 use crate::weight::Weight;
+
+/// Weight and bias of a norm; the weight is ones where the norm has none.
+#[derive(Clone, Copy)]
+struct Affine {
+    weight: ValueId,
+    bias: Option<ValueId>,
+}
 
 impl Lowerer {
     pub(super) fn norm(&mut self, op: NormOp, model: &Graph<Model>, ids: &[ValueId]) -> Result<ValueId> {
         let x = self.operand(model, ids, 0)?;
-        let weight = self.norm_weight(op, model, ids, 1)?;
-        self.norm_of(op, x, weight)
+        let affine = self.affine(op, model, ids, 1, x)?;
+        self.norm_of(op, x, affine)
     }
 
     /// `residual + x`, and its norm.
     pub(super) fn add_norm(&mut self, op: NormOp, model: &Graph<Model>, ids: &[ValueId]) -> Result<[ValueId; 2]> {
         let (residual, x) = (self.operand(model, ids, 0)?, self.operand(model, ids, 1)?);
-        let weight = self.norm_weight(op, model, ids, 2)?;
-        self.first_form("add_norm", |s, form| match form {
+        let affine = self.affine(op, model, ids, 2, x)?;
+        let composite = match op.kind {
+            NormKind::Rms => "add_norm",
+            NormKind::Layer => "add_layer_norm",
+        };
+        self.first_form(composite, |s, form| match form {
             "SkipSimplifiedLayerNormalization" => {
                 let call = Operator::microsoft("SkipSimplifiedLayerNormalization").float("epsilon", op.eps);
-                let operands = [Some(x), Some(residual), Some(weight)];
+                let operands = [Some(x), Some(residual), Some(affine.weight)];
                 let [normed, _, _, sum] = s.e.call(call, &operands, [true, false, false, true])?;
+                Ok(Form::Done([sum, normed]))
+            }
+            "SkipLayerNormalization" => {
+                let call = Operator::microsoft("SkipLayerNormalization").float("epsilon", op.eps);
+                let operands = [Some(x), Some(residual), Some(affine.weight), affine.bias];
+                let given = if affine.bias.is_some() { 4 } else { 3 };
+                let operands = operands.get(..given).unwrap_or(&operands);
+                let [normed, _, _, sum] = s.e.call(call, operands, [true, false, false, true])?;
                 Ok(Form::Done([sum, normed]))
             }
             _ => {
                 let sum = s.e.add(Operator::new("Add"), &[residual, x])?;
-                Ok(Form::Done([sum, s.norm_of(op, sum, weight)?]))
+                Ok(Form::Done([sum, s.norm_of(op, sum, affine)?]))
             }
         })
     }
 
     pub(super) fn operand(&mut self, model: &Graph<Model>, ids: &[ValueId], index: usize) -> Result<ValueId> {
-        let id = ids.get(index).copied().ok_or_else(|| {
-            crate::error::Error::new(crate::error::Code::SpecInvalid, "operand").found(format!("no operand {index}"))
-        })?;
-        self.value(model, id)
+        let missing = || Error::new(Code::SpecInvalid, "operand").found(format!("no operand {index}"));
+        self.value(model, ids.get(index).copied().ok_or_else(missing)?)
     }
 
-    /// The weight as it multiplies: one is added to a stored difference once, not in every run.
-    fn norm_weight(&mut self, op: NormOp, model: &Graph<Model>, ids: &[ValueId], index: usize) -> Result<ValueId> {
-        let Some(id) = ids.get(index).filter(|_| op.offset) else {
-            return self.operand(model, ids, index);
+    /// Weight and bias as they are used: one is added to a stored difference once, not in every run.
+    fn affine(
+        &mut self,
+        op: NormOp,
+        model: &Graph<Model>,
+        ids: &[ValueId],
+        first: usize,
+        x: ValueId,
+    ) -> Result<Affine> {
+        let weight = match ids.get(first).filter(|_| op.weight) {
+            Some(id) if op.offset => {
+                let value = model.value(*id);
+                let weight = Weight::AddOne(Box::new(Weight::source(&value.name)));
+                let ty = self.ty(&value.ty);
+                self.e.weight(&format!("{}.plus_one", value.name), ty, weight)
+            }
+            Some(id) => self.value(model, *id)?,
+            None => {
+                let width = self.e.shape(x).last().and_then(Dim::value).and_then(|w| usize::try_from(w).ok());
+                self.ones(self.e.ty(x).element, width.unwrap_or(1))
+            }
         };
-        let value = model.value(*id);
-        let weight = Weight::AddOne(Box::new(Weight::source(&value.name)));
-        let ty = self.ty(&value.ty);
-        Ok(self.e.weight(&format!("{}.plus_one", value.name), ty, weight))
+        let bias = if op.bias { Some(self.operand(model, ids, first + usize::from(op.weight))?) } else { None };
+        Ok(Affine { weight, bias })
     }
 
-    fn norm_of(&mut self, op: NormOp, x: ValueId, weight: ValueId) -> Result<ValueId> {
-        self.first_form("norm", |s, form| match form {
+    fn norm_of(&mut self, op: NormOp, x: ValueId, affine: Affine) -> Result<ValueId> {
+        if op.kind == NormKind::Layer {
+            let call = Operator::new("LayerNormalization").int("axis", -1).float("epsilon", op.eps);
+            let operands = [Some(x), Some(affine.weight), affine.bias];
+            let given = if affine.bias.is_some() { 3 } else { 2 };
+            let [normed] = self.e.call(call, operands.get(..given).unwrap_or(&operands), [true])?;
+            return Ok(normed);
+        }
+        let mut normed = self.first_form("norm", |s, form| match form {
             // It lives in ONNX's domain although ONNX has no such operator.
             "SimplifiedLayerNormalization" => {
                 let call = Operator::new("SimplifiedLayerNormalization").int("axis", -1).float("epsilon", op.eps);
-                s.e.add(call.int("stash_type", 1), &[x, weight]).map(Form::Done)
+                s.e.add(call.int("stash_type", 1), &[x, affine.weight]).map(Form::Done)
             }
             "RMSNormalization" => {
                 let call = Operator::new("RMSNormalization").int("axis", -1).float("epsilon", op.eps);
-                s.e.add(call.int("stash_type", 1), &[x, weight]).map(Form::Done)
+                s.e.add(call.int("stash_type", 1), &[x, affine.weight]).map(Form::Done)
             }
-            _ => s.rms_spelled_out(op, x, weight).map(Form::Done),
-        })
+            _ => s.rms_spelled_out(op, x, affine.weight).map(Form::Done),
+        })?;
+        if let Some(bias) = affine.bias {
+            normed = self.e.add(Operator::new("Add"), &[normed, bias])?;
+        }
+        Ok(normed)
     }
 
     /// `x / sqrt(mean(x²) + eps) · weight`, the quotient in float32.
@@ -76,6 +120,9 @@ impl Lowerer {
         let root = self.e.add(Operator::new("Sqrt"), &[shifted])?;
         let normed = self.e.add(Operator::new("Div"), &[wide, root])?;
         let normed = self.e.cast(normed, element)?;
+        if !op.weight {
+            return Ok(normed);
+        }
         self.e.add(Operator::new("Mul"), &[normed, weight])
     }
 

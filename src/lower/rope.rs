@@ -23,6 +23,9 @@ pub(super) fn frequencies(rope: &Rope) -> Frequencies {
     match &rope.scaling {
         RopeScaling::Default => Frequencies::Fixed(plain),
         RopeScaling::Linear { factor } => Frequencies::Fixed(inverse(rope, |_, frequency| frequency / factor)),
+        RopeScaling::Proportional { factor, pairs } => {
+            Frequencies::Fixed(inverse(rope, |i, frequency| if i < *pairs { frequency / factor } else { 0.0 }))
+        }
         RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => {
             let context = float(*original_context);
             Frequencies::Fixed(inverse(rope, |_, frequency| {

@@ -1,0 +1,56 @@
+//! Functions of positions other than the rotary table.
+
+use super::rope::float;
+use super::{Lowerer, Operator};
+use crate::element::ElementType;
+use crate::error::Result;
+use crate::graph::ValueId;
+use crate::spec::PositionScale;
+
+impl Lowerer {
+    /// Positions plus a constant.
+    pub(super) fn shift(&mut self, offset: usize, positions: ValueId) -> Result<ValueId> {
+        let offset = self.e.int(i64::try_from(offset).unwrap_or(i64::MAX));
+        self.e.add(Operator::new("Add"), &[positions, offset])
+    }
+
+    /// `[B, S]` -> `[B, S, 1]` in float32
+    fn column(&mut self, positions: ValueId) -> Result<ValueId> {
+        let axis = self.e.ints(&[-1]);
+        let positions = self.e.cast(positions, ElementType::F32)?;
+        self.e.add(Operator::new("Unsqueeze"), &[positions, axis])
+    }
+
+    /// `sin(p · f_i), ..., cos(p · f_i), ...` with `f_i = 10000^(-i / (half - 1))`, as fairseq orders them.
+    pub(super) fn sinusoid(&mut self, width: usize, positions: ValueId) -> Result<ValueId> {
+        let half = width / 2;
+        let step = 10000.0_f64.ln() / float(half.saturating_sub(1).max(1));
+        #[expect(clippy::cast_possible_truncation, reason = "the table is float32")]
+        let frequencies: Vec<f32> = (0..half).map(|i| (-float(i) * step).exp() as f32).collect();
+        let frequencies = self.e.floats(&frequencies);
+        let positions = self.column(positions)?;
+        let angles = self.e.add(Operator::new("Mul"), &[positions, frequencies])?;
+        let sin = self.e.add(Operator::new("Sin"), &[angles])?;
+        let cos = self.e.add(Operator::new("Cos"), &[angles])?;
+        let table = self.e.add(Operator::new("Concat").int("axis", -1), &[sin, cos])?;
+        self.e.cast(table, self.options.element)
+    }
+
+    /// `1 + c · ln(1 + floor((p + offset) / period))`, `[B, S, 1]`
+    pub(super) fn position_scale(&mut self, scale: &PositionScale, positions: ValueId) -> Result<ValueId> {
+        self.share(&format!("position_scale/{scale:?}"), |s| {
+            let x = s.column(positions)?;
+            let constant = |s: &mut Self, value| s.e.scalar(ElementType::F32, value);
+            let (offset, period) = (constant(s, scale.offset), constant(s, scale.period));
+            let (coefficient, one) = (constant(s, scale.coefficient), constant(s, 1.0));
+            let x = s.e.add(Operator::new("Add"), &[x, offset])?;
+            let x = s.e.add(Operator::new("Div"), &[x, period])?;
+            let x = s.e.add(Operator::new("Floor"), &[x])?;
+            let x = s.e.add(Operator::new("Add"), &[x, one])?;
+            let x = s.e.add(Operator::new("Log"), &[x])?;
+            let x = s.e.add(Operator::new("Mul"), &[x, coefficient])?;
+            let x = s.e.add(Operator::new("Add"), &[x, one])?;
+            s.e.cast(x, s.options.element)
+        })
+    }
+}
