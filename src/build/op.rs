@@ -150,12 +150,7 @@ impl Composite {
         let operand = |i: usize| operands.get(i).copied().ok_or_else(|| format!("operand {i} is missing"));
         let x = operand(0)?;
         Ok(match self {
-            Self::Embed => {
-                let table = operand(1)?;
-                let mut shape = x.shape.clone();
-                shape.push(last(table)?.clone());
-                vec![Type::new(Kind::Real, shape)]
-            }
+            Self::Embed => vec![Type::new(Kind::Real, with_axis(x, last(operand(1)?)?.clone()))],
             Self::Linear => vec![linear(x, operand(1)?, operands.get(2).copied())?],
             Self::Norm(_) => {
                 expect_last(x, last(operand(1)?)?)?;
@@ -195,9 +190,8 @@ impl Composite {
             Self::Split(sizes) => split(x, sizes)?,
             Self::Concat => vec![concat(operands)?],
             Self::RopeTable(rope) => {
-                let mut shape = x.shape.clone();
-                shape.push(Dim::from(rope.size / 2));
-                vec![Type::new(Kind::Real, shape.clone()), Type::new(Kind::Real, shape)]
+                let table = Type::new(Kind::Real, with_axis(x, Dim::from(rope.size / 2)));
+                vec![table.clone(), table]
             }
             Self::Attention(attention) => attention.infer(operands)?,
             Self::Moe(moe) => {
@@ -238,6 +232,13 @@ impl AttentionOp {
 
 fn last(ty: &Type<Kind>) -> Result<&Dim, String> {
     ty.shape.last().ok_or_else(|| format!("{ty} has no axis"))
+}
+
+/// The shape with one more axis behind the others.
+fn with_axis(ty: &Type<Kind>, axis: Dim) -> Shape {
+    let mut shape = ty.shape.clone();
+    shape.push(axis);
+    shape
 }
 
 fn product(shape: &Shape) -> Dim {

@@ -18,14 +18,13 @@ impl Lowerer {
     pub(super) fn add_norm(&mut self, op: NormOp, model: &Graph<Model>, ids: &[ValueId]) -> Result<[ValueId; 2]> {
         let (residual, x) = (self.operand(model, ids, 0)?, self.operand(model, ids, 1)?);
         let weight = self.norm_weight(op, model, ids, 2)?;
-        self.first_form("add_norm", |s, form| match form {
-            "SkipSimplifiedLayerNormalization" => {
+        self.first_form("add_norm", |s, form| {
+            if form == "SkipSimplifiedLayerNormalization" {
                 let call = Operator::microsoft("SkipSimplifiedLayerNormalization").float("epsilon", op.eps);
                 let operands = [Some(x), Some(residual), Some(weight)];
                 let [normed, _, _, sum] = s.e.call(call, &operands, [true, false, false, true])?;
                 Ok(Form::Done([sum, normed]))
-            }
-            _ => {
+            } else {
                 let sum = s.e.add(Operator::new("Add"), &[residual, x])?;
                 Ok(Form::Done([sum, s.norm_of(op, sum, weight)?]))
             }
