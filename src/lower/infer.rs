@@ -70,10 +70,7 @@ pub(super) fn infer(op: &Operator, operands: &[Option<Operand>]) -> Result<Vec<I
         "TopK" => top_k(op, x, get(1)?)?,
         "SkipSimplifiedLayerNormalization" => (0..4).flat_map(|_| same()).collect(),
         "Attention" => attention(op, x, operands)?,
-        "GroupQueryAttention" => {
-            let total = get(5).and(get(10)).map(|bias| bias.ty.shape.last().cloned()).ok().flatten();
-            caches(x.ty, &[get(3)?.ty, get(4)?.ty], &x.ty.shape, total)?
-        }
+        "GroupQueryAttention" => caches(x.ty, &[get(3)?.ty, get(4)?.ty], &x.ty.shape, Some(one(get(6)?)?))?,
         _ if ELEMENTWISE.contains(&op.op_type) => same(),
         other => return Err(format!("the result type of {other} is not known")),
     })
