@@ -2,7 +2,7 @@
 
 use super::Builder;
 use super::op::{Composite, Kind, MoeOp};
-use crate::error::Result;
+use crate::error::{Code, Error, Result};
 use crate::graph::{Dim, ValueId};
 use crate::spec::{FeedForward, Mlp, Moe, SharedExpert};
 
@@ -38,6 +38,9 @@ fn mlp(b: &mut Builder, spec: &Mlp, x: ValueId) -> Result<ValueId> {
 fn moe(b: &mut Builder, spec: &Moe, x: ValueId) -> Result<ValueId> {
     let hidden = width(b, x);
     let (experts, inner) = (spec.experts, spec.expert.intermediate_size);
+    if spec.expert.bias {
+        return Err(Error::new(Code::SpecInvalid, "moe.expert.bias").found(true).expected("experts without biases"));
+    }
     // The router decides in float32 whatever the computation's type is: a rounded logit chooses another expert.
     let full = b.within("gate", |b| b.emit("Convert", Composite::Convert(Kind::Full), &[x]))?;
     let mut operands = vec![x, b.linear("gate", full, experts, false)?];
