@@ -1,5 +1,6 @@
 //! Compiles the templates in: a new file in `graph_templates/` needs no line of Rust.
 
+use std::fmt::Write as _;
 use std::path::Path;
 use std::{env, fs, io};
 
@@ -12,7 +13,8 @@ fn main() -> io::Result<()> {
     let mut code = String::from("&[\n");
     for file in files.iter().filter(|file| file.extension().is_some_and(|extension| extension == "toml")) {
         let stem = file.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
-        code += &format!("({stem:?}, include_str!({file:?})),\n");
+        let file = file.to_str().ok_or_else(|| io::Error::other("a path that is not UTF-8"))?;
+        writeln!(code, "({stem:?}, include_str!({file:?})),").map_err(io::Error::other)?;
     }
     code += "]";
     let output = env::var("OUT_DIR").map_err(io::Error::other)?;

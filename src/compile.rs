@@ -60,6 +60,11 @@ pub fn compile(options: &Options) -> Result<Compiled> {
     let repository = Repository::open(&options.repository)?;
     let template = describe::choose(&repository.config, options.template.as_deref())?;
     let description = describe::describe(&template, &repository.config, &options.allowed_keys)?;
+    compile_description(repository, description, options)
+}
+
+/// Builds, lowers and binds a model that is described already.
+pub fn compile_description(repository: Repository, description: Description, options: &Options) -> Result<Compiled> {
     let model = build::decoder(&description.spec, options.logits)?;
     let lowered = lower::lower(&model, &options.lowering())?;
     let (rules, tensors) = (&description.rules, &repository.checkpoint);

@@ -333,7 +333,7 @@ pub struct Rope {
 pub enum RopeLayout {
     /// Element `i` with `i + size / 2` (GPT-NeoX, Llama).
     Half,
-    /// Element `2i` with `2i + 1` (GPT-J, DeepSeek).
+    /// Element `2i` with `2i + 1` (GPT-J, `DeepSeek`).
     Interleaved,
 }
 

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 type TestResult<T = ()> = Result<T, Box<dyn Error>>;
 
 /// The modules in the order of the pipeline: each may use those before it.
-const PIPELINE: [&str; 22] = [
+const PIPELINE: [&str; 24] = [
     "error",
     "element",
     "onnx",
@@ -24,10 +24,12 @@ const PIPELINE: [&str; 22] = [
     "lower",
     "bind",
     "write",
+    "compile",
     "runtime",
     "session",
     "golden",
     "tokenizer",
+    "toy",
     "verify",
     "generate",
     "inspect",

@@ -181,12 +181,7 @@ impl Composite {
         let operand = |i: usize| operands.get(i).copied().ok_or_else(|| format!("operand {i} is missing"));
         let x = operand(0)?;
         Ok(match self {
-            Self::Embed => {
-                let table = operand(1)?;
-                let mut shape = x.shape.clone();
-                shape.push(last(table)?.clone());
-                vec![Type::new(Kind::Real, shape)]
-            }
+            Self::Embed => vec![Type::new(Kind::Real, with_axis(x, last(operand(1)?)?.clone()))],
             Self::Linear => vec![linear(x, operand(1)?, operands.get(2).copied())?],
             Self::Norm(op) => {
                 for parameter in operands.iter().skip(1) {
@@ -308,6 +303,13 @@ fn broadcast(a: &Shape, b: &Shape) -> Option<Shape> {
         }
     }
     Some(shape)
+}
+
+/// The shape with one more axis behind the others.
+fn with_axis(ty: &Type<Kind>, axis: Dim) -> Shape {
+    let mut shape = ty.shape.clone();
+    shape.push(axis);
+    shape
 }
 
 fn product(shape: &Shape) -> Dim {

@@ -147,7 +147,9 @@ impl Build {
         };
         let notes = written.files.notes.clone();
         written.commit()?;
-        notes.iter().for_each(|note| output.say(note));
+        for note in &notes {
+            output.say(note);
+        }
         self.print(&compiled, bytes, report.as_ref(), output)
     }
 
@@ -172,15 +174,14 @@ impl Build {
     ) -> Result<Report> {
         self.runtime.ensure(output)?;
         let settings = Options::default();
-        let mut report = match golden {
-            Some(golden) => against_golden(written.path(), golden, &settings)?,
-            None => {
-                // The same specification in the plainest operators is an independent witness of the lowering.
-                let other = compile::Options { target: Target::named("primitive")?, ..options.clone() };
-                let plain = compile(&other)?;
-                let witness = compile::write(&plain, &other, &sibling(&self.output), Force::Yes, |_| {})?;
-                consistency(written.path(), Some(witness.path()), &settings)?
-            }
+        let mut report = if let Some(golden) = golden {
+            against_golden(written.path(), golden, &settings)?
+        } else {
+            // The same specification in the plainest operators is an independent witness of the lowering.
+            let other = compile::Options { target: Target::named("primitive")?, ..options.clone() };
+            let plain = compile(&other)?;
+            let witness = compile::write(&plain, &other, &sibling(&self.output), Force::Yes, |_| {})?;
+            consistency(written.path(), Some(witness.path()), &settings)?
         };
         report.model.clone_from(&self.output);
         if !report.holds() {

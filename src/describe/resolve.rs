@@ -446,10 +446,10 @@ fn table<T: DeserializeOwned>(scope: &Scope, name: &str) -> Result<T> {
     serde_path_to_error::deserialize(&value).map_err(|e| {
         let mut path = format!("{name}.{}", e.path()).trim_end_matches(".?").trim_end_matches('.').to_owned();
         let message = e.inner().to_string();
-        if let Some(field) = message.strip_prefix("unknown field `").and_then(|rest| rest.split('`').next()) {
-            if !path.ends_with(field) {
-                path = format!("{path}.{field}");
-            }
+        if let Some(field) = message.strip_prefix("unknown field `").and_then(|rest| rest.split('`').next())
+            && !path.ends_with(field)
+        {
+            path = format!("{path}.{field}");
         }
         // A field that deserialised itself away is named by its own path already.
         let found = pointer(&value, path.strip_prefix(name).unwrap_or_default());

@@ -13,8 +13,8 @@ use crate::spec::{Rope, RopeLayout, RopeScaling};
 /// Keys of a configuration that the normaliser accounts for.
 pub(super) const KEYS: [&str; 4] = ["rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"];
 
-/// A configuration's RoPE parameters in the one form: an object with `rope_type` and `rope_theta`, or an object
-/// of such objects by layer type. `None` if the configuration does not speak of RoPE.
+/// A configuration's `RoPE` parameters in the one form: an object with `rope_type` and `rope_theta`, or an object
+/// of such objects by layer type. `None` if the configuration does not speak of `RoPE`.
 pub(super) fn normalise(config: &Map<String, Value>, default_theta: Option<&Value>) -> Option<Value> {
     let given = |key: &str| config.get(key).filter(|value| !value.is_null());
     let theta = given("rope_theta").or(default_theta);
@@ -81,7 +81,6 @@ struct Parameters {
 /// The embedding that normalised parameters describe, for heads whose rotated part is `size` before
 /// `partial_rotary_factor`.
 pub(super) fn rope(layout: RopeLayout, size: usize, parameters: &Value, context: usize) -> Result<Rope> {
-    let subject = || Error::new(Code::ConfigInvalid, "config.json: rope_parameters");
     let p: Parameters = serde_json::from_value(parameters.clone())
         .map_err(|e| subject().found(e).help("parameters that mean nothing to the rope_type must be removed"))?;
     let whole = size;
@@ -129,16 +128,9 @@ pub(super) fn rope(layout: RopeLayout, size: usize, parameters: &Value, context:
         "longrope" => {
             let factor = p.factor.unwrap_or_else(|| ratio(context, original_context));
             attention_factor = p.attention_factor.unwrap_or_else(|| longrope_attention(factor, original_context));
-            let list = |name: &str, list: Option<Vec<f64>>| {
-                let list = list.ok_or_else(|| subject().found(format!("no {name} for rope_type longrope")))?;
-                if list.len() == size / 2 {
-                    return Ok(list);
-                }
-                Err(subject().found(format!("{} numbers in {name}", list.len())).expected(size / 2))
-            };
             RopeScaling::Longrope {
-                short_factor: list("short_factor", p.short_factor)?,
-                long_factor: list("long_factor", p.long_factor)?,
+                short_factor: divisors("short_factor", p.short_factor, size / 2)?,
+                long_factor: divisors("long_factor", p.long_factor, size / 2)?,
                 original_context,
             }
         }
@@ -149,6 +141,19 @@ pub(super) fn rope(layout: RopeLayout, size: usize, parameters: &Value, context:
         }
     };
     Ok(Rope { layout, size, theta: p.rope_theta, scaling, attention_factor })
+}
+
+fn subject() -> Error {
+    Error::new(Code::ConfigInvalid, "config.json: rope_parameters")
+}
+
+/// One list of longrope: a divisor for each pair.
+fn divisors(name: &str, list: Option<Vec<f64>>, pairs: usize) -> Result<Vec<f64>> {
+    let list = list.ok_or_else(|| subject().found(format!("no {name} for rope_type longrope")))?;
+    if list.len() == pairs {
+        return Ok(list);
+    }
+    Err(subject().found(format!("{} numbers in {name}", list.len())).expected(pairs))
 }
 
 /// `int(size * part)` of Python.

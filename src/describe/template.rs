@@ -80,7 +80,12 @@ impl Template {
     /// Reads a template from a file of the user's.
     pub fn read(path: &Path) -> Result<Self> {
         let text = std::fs::read_to_string(path).map_err(|e| Error::io(path, &e))?;
-        Self::parse(&path.display().to_string(), &text)
+        let mut template = Self::parse(&path.display().to_string(), &text)?;
+        // Where it lies is for errors; its name goes into what is written.
+        if let Some(stem) = path.file_stem() {
+            template.name = stem.to_string_lossy().into_owned();
+        }
+        Ok(template)
     }
 
     /// Parses a template and merges it with the built-in ones that it extends, at most two deep.
@@ -133,8 +138,13 @@ impl Template {
         let place = self.sources.iter().find_map(|(name, text)| line_of(text, path).map(|line| (name, line)));
         match place {
             Some((name, line)) => Error::new(code, format!("{}:{line}: {path}", file_name(name))),
-            None => Error::new(code, format!("{}: {path}", file_name(&self.name))).help(format!("`{key}` is missing")),
+            None => Error::new(code, format!("{}: {path}", self.file())).help(format!("`{key}` is missing")),
         }
+    }
+
+    /// The file that it was read from.
+    fn file(&self) -> String {
+        file_name(self.sources.first().map_or(&self.name, |(name, _)| name))
     }
 
     /// Every expression of the template.

@@ -114,6 +114,7 @@ impl Add for &Dim {
 impl Mul for &Dim {
     type Output = Dim;
 
+    #[expect(clippy::suspicious_arithmetic_impl, reason = "a product of sums is a sum of products")]
     fn mul(self, other: &Dim) -> Dim {
         let mut product = Dim::constant(0);
         for (left, a) in &self.0 {

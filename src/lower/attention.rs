@@ -51,7 +51,7 @@ impl Lowerer {
                 op.key_size, op.value_size
             )));
         }
-        if op.key_size % 8 != 0 {
+        if !op.key_size.is_multiple_of(8) {
             return Ok(Form::Refused(format!("head size {} is not a multiple of 8", op.key_size)));
         }
         let bias = self.attention_bias(op, self.e.ty(operands[0]).element)?;

@@ -68,26 +68,20 @@ pub(super) fn infer(op: &Operator, operands: &[Option<Operand>]) -> Result<Vec<I
             typed(x.ty.element, reduce(op, x, operands.get(1).copied().flatten())?)
         }
         "ArgMax" => typed(ElementType::I64, reduce_axes(op, &x.ty.shape, &[op.get_int("axis").unwrap_or(0)])?),
-        "TopK" => {
-            let count = one(get(1)?)?;
-            let shape = with_axis(&x.ty.shape, op.get_int("axis").unwrap_or(-1), count)?;
-            let mut results = typed(x.ty.element, shape.clone());
-            results.extend(typed(ElementType::I64, shape));
-            results
-        }
-        "SkipSimplifiedLayerNormalization" | "SkipLayerNormalization" => {
-            let mut results = same();
-            results.extend((0..3).flat_map(|_| same()));
-            results
-        }
+        "TopK" => top_k(op, x, get(1)?)?,
+        "SkipSimplifiedLayerNormalization" | "SkipLayerNormalization" => (0..4).flat_map(|_| same()).collect(),
         "Attention" => attention(op, x, operands)?,
-        "GroupQueryAttention" => {
-            let total = get(5).and(get(10)).map(|bias| bias.ty.shape.last().cloned()).ok().flatten();
-            caches(x.ty, &[get(3)?.ty, get(4)?.ty], &x.ty.shape, total)?
-        }
+        "GroupQueryAttention" => caches(x.ty, &[get(3)?.ty, get(4)?.ty], &x.ty.shape, Some(one(get(6)?)?))?,
         _ if ELEMENTWISE.contains(&op.op_type) => same(),
         other => return Err(format!("the result type of {other} is not known")),
     })
+}
+
+/// Values and their indices.
+fn top_k(op: &Operator, x: Operand, count: Operand) -> Result<Vec<Inferred>, String> {
+    let shape = with_axis(&x.ty.shape, op.get_int("axis").unwrap_or(-1), one(count)?)?;
+    let of = |element| Inferred { ty: Type::new(element, shape.clone()), contents: None };
+    Ok(vec![of(x.ty.element), of(ElementType::I64)])
 }
 
 /// Operators whose one result has the type of their first operand.

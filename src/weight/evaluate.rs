@@ -57,10 +57,10 @@ fn all<'a, E: From<String>>(
     load: &impl Fn(&str) -> Result<Tensor<'a>, E>,
 ) -> Result<Vec<Tensor<'a>>, E> {
     let parts: Vec<Tensor<'a>> = parts.iter().map(|part| evaluate(part, load)).collect::<Result<_, E>>()?;
-    if let Some(first) = parts.first() {
-        if let Some(odd) = parts.iter().find(|part| part.element != first.element) {
-            return Err(format!("{} and {} can not be joined", first.element, odd.element).into());
-        }
+    if let Some(first) = parts.first()
+        && let Some(odd) = parts.iter().find(|part| part.element != first.element)
+    {
+        return Err(format!("{} and {} can not be joined", first.element, odd.element).into());
     }
     Ok(parts)
 }
@@ -146,7 +146,7 @@ fn join<'a>(axis: usize, parts: &[Tensor<'a>]) -> Result<Tensor<'a>, String> {
 }
 
 /// Joined on a new axis behind `axis`, and then seen without it.
-fn interleave<'a>(axis: usize, mut parts: Vec<Tensor<'a>>) -> Result<Tensor<'a>, String> {
+fn interleave(axis: usize, mut parts: Vec<Tensor<'_>>) -> Result<Tensor<'_>, String> {
     for part in &mut parts {
         part.shape.insert(axis + 1, 1);
     }

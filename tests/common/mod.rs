@@ -3,6 +3,7 @@
 // every suite compiles this module for itself and uses a part of it
 #![allow(dead_code, unreachable_pub)]
 
+pub mod models;
 pub mod python;
 pub mod weights;
 
@@ -50,9 +51,9 @@ impl Case {
         Ok(done)
     }
 
-    /// A user's template for this case, where it needs one.
+    /// A user's template for this case, where it has one.
     pub fn template(&self) -> Option<PathBuf> {
-        let path = repository().join("tests").join("templates").join(format!("{}.toml", self.name));
+        let path = self.dir.join("template.toml");
         path.is_file().then_some(path)
     }
 }

@@ -1,0 +1,268 @@
+//! The promise: every case, on every target, computes what the reference computes, in every scenario.
+#![allow(clippy::print_stderr)]
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use common::models::{TARGETS, build_with, options, runtime};
+use common::{Case, TestResult, cases, kjv_llama, scratch};
+use hf2onnx::build::Logits;
+use hf2onnx::compile::Options;
+use hf2onnx::describe::Catalogue;
+use hf2onnx::element::ElementType;
+use hf2onnx::generate::sampling::Sampling;
+use hf2onnx::generate::{Settings, generate};
+use hf2onnx::golden::Golden;
+use hf2onnx::lower::Padding;
+use hf2onnx::session::{self, Decoder};
+use hf2onnx::tokenizer::Tokenizer;
+use hf2onnx::verify::metrics::{Logits as Table, largest_difference};
+use hf2onnx::verify::scenario::{Prompt, Scenario, continue_greedily, run};
+use hf2onnx::verify::{self, Outcome, Report, Verdict, against_golden};
+use rayon::prelude::*;
+
+/// Scenarios without padding on the left: what `--padding right` promises.
+const WITHOUT_LEFT: [&str; 5] = ["prefill", "batch-right", "decode", "chunks", "greedy"];
+
+/// One model to build and to compare.
+struct Job {
+    name: String,
+    options: Options,
+    golden: PathBuf,
+    /// Scenarios that must hold; all of them if empty.
+    scenarios: &'static [&'static str],
+}
+
+impl Job {
+    fn new(case: &Case, target: &str) -> TestResult<Self> {
+        Ok(Self {
+            name: format!("{} on {target}", case.name),
+            options: case.options(target)?,
+            golden: case.golden(),
+            scenarios: &[],
+        })
+    }
+
+    fn run(&self) -> TestResult<Vec<String>> {
+        let place = tempfile::tempdir_in(scratch())?;
+        let output = place.path().join("model");
+        build_with(&self.options, &output)?;
+        let golden = Golden::read(&self.golden)?;
+        let settings = verify::Options { threads: 1, ..verify::Options::default() };
+        let report = against_golden(&output, &golden, &settings)?;
+        Ok(self.complaints(&report))
+    }
+
+    fn complaints(&self, report: &Report) -> Vec<String> {
+        let promised = |o: &&Outcome| self.scenarios.is_empty() || self.scenarios.contains(&o.scenario.as_str());
+        let mut lines = Vec::new();
+        for outcome in report.scenarios.iter().filter(promised) {
+            // A scenario that could not be compared proves nothing: that is a failure too.
+            if !matches!(outcome.verdict, Verdict::Holds | Verdict::NearTie) {
+                let by = outcome.comparison.map_or("not compared".to_owned(), |c| format!("off by {:.1e}", c.max));
+                let tokens =
+                    outcome.greedy.as_ref().map_or(String::new(), |g| format!(", {}/{} tokens", g.matched, g.of));
+                let note = outcome.note.as_deref().unwrap_or_default();
+                lines.push(format!("{}: {} {by}{tokens} {note}", self.name, outcome.scenario));
+            }
+        }
+        let texts = report.perplexity.iter().filter(|p| p.verdict != Verdict::Holds);
+        lines.extend(texts.map(|p| format!("{}: perplexity off by {:?}", self.name, p.difference)));
+        if let (Some(divergence), false) = (&report.divergence, lines.is_empty()) {
+            lines.push(format!("{}: {}", self.name, divergence.message));
+        }
+        lines
+    }
+}
+
+/// Runs every job and reports all that is wrong at once, one line each.
+fn must_hold(what: &str, jobs: &[Job]) -> TestResult {
+    runtime()?;
+    let start = Instant::now();
+    let complaints: Vec<String> = jobs
+        .par_iter()
+        .flat_map_iter(|job| job.run().unwrap_or_else(|error| vec![format!("{}: {error}", job.name)]))
+        .collect();
+    eprintln!("{what}: {} models in {:.1} s", jobs.len(), start.elapsed().as_secs_f64());
+    report(complaints)
+}
+
+fn report(mut complaints: Vec<String>) -> TestResult {
+    complaints.sort();
+    assert!(complaints.is_empty(), "\n{}", complaints.join("\n"));
+    Ok(())
+}
+
+fn jobs(names: &[&str]) -> TestResult<Vec<Job>> {
+    let mut jobs = Vec::new();
+    for name in names {
+        for target in TARGETS {
+            jobs.push(Job::new(&Case::named(name)?, target)?);
+        }
+    }
+    Ok(jobs)
+}
+
+#[test]
+fn every_case_on_every_target() -> TestResult {
+    let cases = cases()?;
+    let names: Vec<&str> = cases.iter().map(|case| case.name.as_str()).collect();
+    must_hold("float32", &jobs(&names)?)
+}
+
+fn in_float16(names: &[&str]) -> TestResult<Vec<Job>> {
+    let mut jobs = jobs(names)?;
+    for job in &mut jobs {
+        job.name += " in float16";
+        job.options.element = ElementType::F16;
+    }
+    Ok(jobs)
+}
+
+#[test]
+fn float16() -> TestResult {
+    must_hold("float16", &in_float16(&["llama", "qwen2-plain", "gemma"])?)
+}
+
+/// In float16 a router near a tie may choose another expert, and the token's logits are then others. What must hold:
+/// four of five positions agree (a flipped token is seen by later ones), and the reference's tokens come out.
+#[test]
+fn float16_with_routers() -> TestResult {
+    runtime()?;
+    let jobs = in_float16(&["mixtral", "deepseek_v3"])?;
+    let wrong = jobs.par_iter().flat_map_iter(|job| {
+        routed(job)
+            .unwrap_or_else(|error| vec![error.to_string()])
+            .into_iter()
+            .map(|line| format!("{}: {line}", job.name))
+    });
+    report(wrong.collect())
+}
+
+fn routed(job: &Job) -> TestResult<Vec<String>> {
+    let place = tempfile::tempdir_in(scratch())?;
+    let output = place.path().join("model");
+    build_with(&job.options, &output)?;
+    let golden = Golden::read(&job.golden)?;
+    let (ids, mask, positions) = (&golden.input_ids, &golden.attention_mask, &golden.position_ids);
+    let prompt = Prompt { ids: ids.clone(), mask: mask.clone(), positions: positions.clone() };
+    let mut decoder = Decoder::open(&output, &session::Options { threads: 1, hidden_states: false })?;
+    let want = Table::from_tensor(&golden.logits);
+    let largest = golden.logits.data.iter().fold(0.0_f32, |most, logit| most.max(logit.abs()));
+    let mut wrong = Vec::new();
+    for scenario in Scenario::ALL {
+        let got = run(&mut decoder, &prompt, scenario)?.logits;
+        let places = (0..scenario.rows(&prompt)).flat_map(|row| (0..ids.columns).map(move |column| (row, column)));
+        let live: Vec<_> = places.filter(|(row, column)| prompt.live(*row, *column)).collect();
+        let near = |(row, column): &&(usize, usize)| {
+            let pair = got.at(*row, *column).zip(want.at(*row, *column));
+            pair.is_some_and(|(got, want)| largest_difference(got, want) <= 1e-2 * f64::from(largest))
+        };
+        let agree = live.iter().filter(near).count();
+        if agree * 5 < live.len() * 4 {
+            wrong.push(format!("{}: {agree} of {} positions agree", scenario.name(), live.len()));
+        }
+    }
+    let greedy = golden.greedy_ids.as_deref().and_then(|ids| ids.get(golden.input_ids.columns..)).unwrap_or_default();
+    if greedy.is_empty() || continue_greedily(&mut decoder, &prompt, greedy.len(), true)?.ids != greedy {
+        wrong.push("other greedy tokens".to_owned());
+    }
+    Ok(wrong)
+}
+
+#[test]
+fn only_right_padding() -> TestResult {
+    let mut jobs = jobs(&["llama", "mixtral"])?;
+    for job in &mut jobs {
+        job.name += " with --padding right";
+        job.options.padding = Padding::Right;
+        job.scenarios = &WITHOUT_LEFT;
+    }
+    must_hold("--padding right", &jobs)
+}
+
+#[test]
+fn only_the_last_logits() -> TestResult {
+    let mut jobs = jobs(&["llama", "mixtral"])?;
+    for job in &mut jobs {
+        job.name += " with --logits last";
+        job.options.logits = Logits::Last;
+    }
+    must_hold("--logits last", &jobs)
+}
+
+/// A trained model: scenarios, perplexity over a text, and forty tokens for each prompt.
+#[test]
+fn a_trained_model() -> TestResult {
+    runtime()?;
+    let texts: Vec<serde_json::Value> = serde_json::from_slice(&fs::read(kjv_llama().join("greedy.json"))?)?;
+    let complaints = TARGETS.par_iter().flat_map_iter(|target| {
+        trained(target, &texts).unwrap_or_else(|error| vec![format!("kjv-llama on {target}: {error}")])
+    });
+    let complaints: Vec<String> = complaints.collect();
+    report(complaints)
+}
+
+fn trained(target: &str, texts: &[serde_json::Value]) -> TestResult<Vec<String>> {
+    let job = Job {
+        name: format!("kjv-llama on {target}"),
+        options: options(&kjv_llama(), target)?,
+        golden: kjv_llama().join("golden.safetensors"),
+        scenarios: &[],
+    };
+    let place = tempfile::tempdir_in(scratch())?;
+    let output = place.path().join("model");
+    build_with(&job.options, &output)?;
+    let settings = verify::Options { threads: 1, ..verify::Options::default() };
+    let report = against_golden(&output, &Golden::read(&job.golden)?, &settings)?;
+    let mut complaints = job.complaints(&report);
+    if report.perplexity.is_empty() {
+        complaints.push(format!("{}: no perplexity: {}", job.name, report.notes.join("; ")));
+    }
+    complaints.extend(continuations(&output, texts)?.into_iter().map(|line| format!("{}: {line}", job.name)));
+    Ok(complaints)
+}
+
+/// What is wrong with the continuations of the texts.
+fn continuations(model: &Path, texts: &[serde_json::Value]) -> TestResult<Vec<String>> {
+    let mut decoder = Decoder::open(model, &session::Options { threads: 1, hidden_states: false })?;
+    let tokenizer = Tokenizer::open(model)?;
+    let mut complaints = Vec::new();
+    for text in texts {
+        let prompt = text["prompt"].as_str().ok_or("no prompt")?;
+        let wanted: Vec<i64> = serde_json::from_value(text["ids"].clone())?;
+        let ids = tokenizer.encode(prompt, true)?;
+        let count = wanted.len() - ids.len();
+        assert_eq!(count, 40, "{prompt}");
+        let settings = Settings { max_new_tokens: count, sampling: Sampling::greedy(), stop: Vec::new() };
+        let got = generate(&mut decoder, &tokenizer, &ids, &settings, &mut |_| true)?;
+        if [got.prompt_ids, got.ids].concat() != wanted {
+            complaints.push(format!("{prompt:?} is continued by {:?}", got.text));
+        }
+    }
+    Ok(complaints)
+}
+
+/// A template without a case is untested.
+#[test]
+fn every_template_has_a_case() -> TestResult {
+    let mut types = BTreeSet::new();
+    for case in cases()? {
+        let config: serde_json::Value = serde_json::from_slice(&fs::read(case.dir.join("config.json"))?)?;
+        types.extend(config["model_type"].as_str().map(str::to_owned));
+    }
+    let catalogue = Catalogue::built_in()?;
+    let covered = |names: &[String]| names.iter().any(|name| types.contains(name));
+    let bare: Vec<&str> = catalogue
+        .templates()
+        .iter()
+        .filter(|template| !covered(&template.model_types))
+        .map(|template| template.name.as_str())
+        .collect();
+    assert!(bare.is_empty(), "templates without a golden case: {}", bare.join(", "));
+    Ok(())
+}
