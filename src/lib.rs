@@ -1,4 +1,56 @@
-//! hf2onnx
+//! `hf2onnx` compiles a Hugging Face model repository (config.json, safetensors, tokenizer) into an ONNX model
+//! directory that onnxruntime deployments load unmodified, and checks what it built by running it.
+//!
+//! It does not trace `PyTorch` and runs no code from the repository. A **template** says what the architecture is,
+//! **builders** write its graph, the weights are bound as initializers, and onnxruntime's result is compared with
+//! reference logits.
+//!
+//! # The pipeline
+//!
+//! Modules in the order of reading; [`compile::compile`] and [`compile::write`] call them one after the other.
+//!
+//! ```text
+//! read      repository -> config.json, safetensors shards (mapped, never loaded whole)
+//! describe  template + config -> ModelSpec, tensor rules, accounting of every key
+//! spec      THE WAIST: what the model is, layer by layer, plain typed data
+//! build     ModelSpec -> graph of composite operations, and the parameters that each one needs
+//! lower     composite operations -> operators that the target's opset has
+//! bind      parameter <- tensors and a closed list of transforms: a plan, checked and printable
+//! write     protobuf, external data, the files that consumers expect; all of it or nothing
+//! verify    onnxruntime runs it, golden logits judge it
+//! ```
+//!
+//! Beside the pipeline: [`graph`] is the form of both graphs and their symbolic shapes, [`weight`] the language of
+//! transforms, [`opset`] the operators and targets as data, [`onnx`] the file format's messages; [`runtime`] finds
+//! onnxruntime, [`session`] runs a built directory, [`generate`] continues text with it, [`cli`] is the program.
+//!
+//! # Invariants
+//!
+//! **A template chooses, names and computes scalars.** It never wires nodes and never names an ONNX operator. If it
+//! can not say something, a builder is missing.
+//!
+//! **Builders see [`spec::ModelSpec`] and nothing else**: no configuration, no tensor names, no files, no target.
+//!
+//! **Only [`lower`] and `opsets/` know targets**, and nothing asks which target it is: a target lists the forms of each
+//! composite operation, best first, and a form that can not express a case says why. Builders write what is meant, so
+//! nothing is ever pattern-matched back.
+//!
+//! **Only reading, writing and verifying do I/O.** Everything between is pure: the same input gives the same bytes.
+//!
+//! **Nothing from a repository is executed.** `auto_map` is reported, never imported; no pickle is read.
+//!
+//! **Nothing is ignored silently.** Every key of config.json is used, or listed as without effect, or an error. Every
+//! tensor is bound, or dropped by a named rule, or an error. Every parameter is bound exactly once.
+//!
+//! **No panic on any input.** What comes from a file is never unwrapped, indexed or cast blindly.
+//!
+//! **An output directory appears whole or not at all.**
+//!
+//! # Where to start
+//!
+//! `graph_templates/llama.toml` beside [`spec`] shows what a model is made of; [`build`] how it becomes a graph;
+//! `lower/attention.rs` how one composite operation becomes three different ones. The errors are one type,
+//! [`error::Error`]: code, subject, found, expected, help.
 
 pub mod bind;
 pub mod build;
