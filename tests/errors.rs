@@ -1,7 +1,7 @@
 //! Every failure that a user can meet in a build: its code, what it says, and that it leaves nothing behind.
 //!
 //! A row breaks a copy of a case and names the words that the message owes its reader.
-#![allow(clippy::indexing_slicing, clippy::type_complexity)]
+#![allow(clippy::indexing_slicing)]
 
 mod common;
 

@@ -125,15 +125,17 @@ fn attribute(attribute: &AttributeProto) -> TestResult<(String, String)> {
 
 /// Every initializer is a constant or a weight of the plan, and the weights fill the data file without overlap.
 fn initializers(graph: &GraphProto, compiled: &Compiled, folder: &Path) -> TestResult {
-    let mut wanted: BTreeMap<&str, (i32, Vec<i64>, Option<&[u8]>)> = BTreeMap::new();
+    // Element type, dimensions, and the bytes of a constant.
+    let mut wanted = BTreeMap::new();
     for (_, value) in compiled.lowered.graph.values() {
         let Source::Literal(literal) = &value.source else { continue };
-        let dims = value.ty.shape.iter().map(|dim| dim.value().ok_or("an open size")).collect::<Result<_, _>>()?;
+        let dims: Vec<i64> =
+            value.ty.shape.iter().map(|dim| dim.value().ok_or("an open size")).collect::<Result<_, _>>()?;
         let bytes = match literal {
             Constant::Inline(bytes) => Some(bytes.as_slice()),
             Constant::Weight(_) => None,
         };
-        wanted.insert(&value.name, (value.ty.element.onnx(), dims, bytes));
+        wanted.insert(value.name.as_str(), (value.ty.element.onnx(), dims, bytes));
     }
     same("number of initializers", &graph.initializer.len(), &wanted.len())?;
     let mut extents = Vec::new();
