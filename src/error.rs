@@ -120,13 +120,16 @@ impl Error {
 
     /// An I/O error about a path.
     pub fn io(path: &std::path::Path, error: &std::io::Error) -> Self {
-        let help = match error.kind() {
-            std::io::ErrorKind::NotFound => "check the path",
-            std::io::ErrorKind::PermissionDenied => "check the permissions",
-            std::io::ErrorKind::StorageFull => "free some disk space and run again",
-            _ => "",
+        use std::io::ErrorKind as Kind;
+        let (expected, help) = match error.kind() {
+            Kind::NotFound => ("a file or directory that exists", "check the path"),
+            Kind::PermissionDenied => ("permission to read or write it", "check the permissions"),
+            Kind::StorageFull | Kind::QuotaExceeded | Kind::FileTooLarge => {
+                ("room for the file", "free some disk space, or lift its limits, and run again")
+            }
+            _ => ("", ""),
         };
-        Self::new(Code::Io, path.display()).found(error).help(help)
+        Self::new(Code::Io, path.display()).found(error).expected(expected).help(help)
     }
 
     /// Says what was found.

@@ -56,6 +56,7 @@ impl Golden {
             Error::new(Code::GoldenInvalid, path.display())
                 .found(e)
                 .expected("a golden, as golden/record.py records it")
+                .help("check the path, or record one")
         })?;
         let invalid = |found: String| {
             Error::new(Code::GoldenInvalid, path.display())

@@ -162,7 +162,7 @@ fn changes_of(spec: &ModelSpec) -> TestResult<Vec<Change>> {
     let json = serde_json::to_value(spec)?;
     let mut seen: Vec<&Value> = Vec::new();
     let mut skipped = Vec::new();
-    let layers = json["layers"].as_array().ok_or("a specification without layers")?;
+    let layers = json.get("layers").and_then(Value::as_array).ok_or("a specification without layers")?;
     for (index, layer) in layers.iter().enumerate() {
         if seen.contains(&layer) && index + 1 < layers.len() {
             skipped.push(format!("/layers/{index}"));
@@ -201,9 +201,15 @@ fn collect<'v>(value: &'v Value, path: &str, nodes: &mut Vec<(String, &'v Value)
         nodes.push((path.to_owned(), value));
     }
     match value {
-        Value::Object(fields) => fields.iter().for_each(|(key, value)| collect(value, &format!("{path}/{key}"), nodes)),
+        Value::Object(fields) => {
+            for (key, value) in fields {
+                collect(value, &format!("{path}/{key}"), nodes);
+            }
+        }
         Value::Array(items) => {
-            (0..).zip(items).for_each(|(i, item): (usize, _)| collect(item, &format!("{path}/{i}"), nodes))
+            for (index, item) in items.iter().enumerate() {
+                collect(item, &format!("{path}/{index}"), nodes);
+            }
         }
         _ => {}
     }

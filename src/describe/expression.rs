@@ -8,7 +8,7 @@ use minijinja::{Environment, UndefinedBehavior, Value};
 use serde_json::Value as Json;
 use toml::Value as Toml;
 
-use crate::error::{Code, Result};
+use crate::error::{Code, Error, Result};
 
 use super::template::Template;
 
@@ -73,24 +73,29 @@ impl Scope {
         })
     }
 
+    /// Says which keys are missing, or what else is wrong with an expression.
+    fn failed(&self, path: &str, expression: &str, error: &minijinja::Error) -> Error {
+        let missing = unknown(expression, &self.names);
+        let layer = self.names.layer.map_or(String::new(), |layer| format!(" for layer {layer}"));
+        let describe = |code, found: String| {
+            self.names.template.error(code, path).found(format!("{found} (in `={expression}`{layer})"))
+        };
+        if error.kind() != minijinja::ErrorKind::UndefinedError {
+            return describe(Code::ExpressionFailed, error.to_string())
+                .expected("an expression of Jinja that has a value")
+                .help("mend the expression, or the value in config.json that it reads");
+        }
+        let found = match missing.as_slice() {
+            [] => error.to_string(),
+            keys => format!("config.json has no {}", keys.join(", ")),
+        };
+        describe(Code::ConfigMissingKey, found)
+            .expected("every key that the expression reads")
+            .help("add the key to config.json, or a default for it to the template")
+    }
+
     fn expression(&self, path: &str, expression: &str) -> Result<Json> {
-        let value = evaluate(expression, &self.names).map_err(|e| {
-            let code = match e.kind() {
-                minijinja::ErrorKind::UndefinedError => Code::ConfigMissingKey,
-                _ => Code::ExpressionFailed,
-            };
-            let missing = unknown(expression, &self.names);
-            let found = match missing.as_slice() {
-                [] => e.to_string(),
-                keys => format!("config.json has no {}", keys.join(", ")),
-            };
-            let layer = self.names.layer.map_or(String::new(), |layer| format!(" for layer {layer}"));
-            self.names
-                .template
-                .error(code, path)
-                .found(format!("{found} (in `={expression}`{layer})"))
-                .help("add the key to config.json, or a default for it to the template")
-        })?;
+        let value = evaluate(expression, &self.names).map_err(|e| self.failed(path, expression, &e))?;
         serde_json::to_value(&value).map_err(|e| {
             self.names.template.error(Code::ExpressionFailed, path).found(format!("{value} ({e}) from `={expression}`"))
         })
@@ -109,7 +114,12 @@ fn environment() -> &'static Environment<'static> {
 
 fn evaluate(expression: &str, names: &Arc<Names>) -> Result<Value, minijinja::Error> {
     let compiled = environment().compile_expression(expression)?;
-    compiled.eval(Value::from_dyn_object(names.clone()))
+    let value = compiled.eval(Value::from_dyn_object(names.clone()))?;
+    // A name alone is not looked into, so Jinja lets it pass undefined: here a misspelt key would become null.
+    if value.is_undefined() {
+        return Err(minijinja::Error::new(minijinja::ErrorKind::UndefinedError, "it has no value"));
+    }
+    Ok(value)
 }
 
 /// Names in an expression that mean nothing.

@@ -454,7 +454,10 @@ fn table<T: DeserializeOwned>(scope: &Scope, name: &str) -> Result<T> {
         // A field that deserialised itself away is named by its own path already.
         let found = pointer(&value, path.strip_prefix(name).unwrap_or_default());
         let found = found.map_or(message.clone(), |value| format!("{value}: {message}"));
-        template.error(Code::TemplateInvalid, &path).found(found)
+        // serde says both in one sentence.
+        let (found, expected) = found.split_once(", expected ").unwrap_or((&found, "a value that fits the key"));
+        let help = "mend the template, or the key of config.json that the expression reads";
+        template.error(Code::TemplateInvalid, &path).found(found).expected(expected).help(help)
     })
 }
 
@@ -482,6 +485,7 @@ fn check_sizes(spec: &ModelSpec) -> Result<()> {
     let odd = |what: &str, found: String| {
         Err(Error::new(Code::SpecInvalid, format!("template {}: {what}", spec.template))
             .found(found)
+            .expected("sizes from 1 up, of which the parts divide or fit into their whole")
             .help("check the sizes in config.json"))
     };
     if spec.vocab_size == 0 || spec.hidden_size == 0 || spec.layers.is_empty() {

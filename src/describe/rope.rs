@@ -145,6 +145,7 @@ pub(super) fn rope(layout: RopeLayout, size: usize, parameters: &Value, context:
 
 fn subject() -> Error {
     Error::new(Code::ConfigInvalid, "config.json: rope_parameters")
+        .help("a template can give the parameters itself, under [rope], if the model rotates by a type that is known")
 }
 
 /// One list of longrope: a divisor for each pair.

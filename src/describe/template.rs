@@ -176,13 +176,17 @@ fn invalid(name: &str, path: &str, text: &str) -> Error {
 fn parse_file(name: &str, text: &str) -> Result<Table> {
     let table: Table = text.parse().map_err(|e: toml::de::Error| {
         let line = e.span().map_or(1, |span| text.get(..span.start).unwrap_or_default().lines().count().max(1));
-        Error::new(Code::TemplateInvalid, format!("{}:{line}", file_name(name))).found(e.message())
+        Error::new(Code::TemplateInvalid, format!("{}:{line}", file_name(name)))
+            .found(e.message())
+            .expected("TOML")
+            .help("mend the file; this is the line that does not parse")
     })?;
     let known = |key: &str| TABLES.contains(&key) || ["extends", "model_type"].contains(&key);
     match table.keys().find(|key| !known(key)) {
         Some(odd) => Err(invalid(name, odd, text)
             .found("an unknown table")
-            .expected(format!("extends, model_type or one of {}", TABLES.join(", ")))),
+            .expected(format!("extends, model_type or one of {}", TABLES.join(", ")))
+            .help("mend its name; a new mechanism is a builder, never a new table")),
         None => Ok(table),
     }
 }
@@ -236,6 +240,9 @@ fn line_of(text: &str, path: &str) -> Option<usize> {
     for (number, line) in (1..).zip(text.lines()) {
         if let Some(header) = line.strip_prefix('[') {
             header.trim_end_matches(']').clone_into(&mut table);
+            if table == path {
+                return Some(number);
+            }
         }
         let here = table.split('.').next() == Some(first) || path == key;
         if here && starts(line, key) {

@@ -17,7 +17,7 @@ const MAX_JSON: u64 = 100_000_000;
 /// read as transformers 5 spells them, `{"__float__": "Infinity"}`.
 pub fn json_file(path: &Path) -> Result<Map<String, Value>> {
     let text = text_file(path)?;
-    let value = parse(&text).map_err(|error| invalid(path).found(error).help(HELP))?;
+    let value = parse(&text).map_err(|error| invalid(path).found(error).expected("JSON").help(HELP))?;
     match value {
         Value::Object(map) => Ok(map),
         other => Err(invalid(path).found(kind(&other)).expected("a JSON object").help(HELP)),

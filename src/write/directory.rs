@@ -151,7 +151,11 @@ fn check_replaceable(output: &Path, force: Force) -> Result<()> {
             .help("choose another --output"));
     }
     if force == Force::No {
-        return Err(error().found("it exists").help("choose another --output, or replace it with --force"));
+        let expected = "a path where nothing is yet";
+        return Err(error()
+            .found("it exists")
+            .expected(expected)
+            .help("choose another --output, or replace it with --force"));
     }
     let empty = fs::read_dir(output).map_err(|error| Error::io(output, &error))?.next().is_none();
     if empty || output.join("hf2onnx.json").is_file() {
