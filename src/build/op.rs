@@ -374,10 +374,58 @@ impl fmt::Display for Composite {
             Self::AddNorm(op) => write!(f, "AddNorm{op}"),
             Self::Reshape(shape) => write!(f, "Reshape{{{}}}", Type::new("", shape.clone())),
             Self::Expand(shape) => write!(f, "Expand{{{}}}", Type::new("", shape.clone())),
-            Self::Attention(op) => write!(f, "{op:?}"),
-            Self::Moe(op) => write!(f, "{op:?}"),
+            Self::Attention(op) => write!(f, "{op}"),
+            Self::Moe(op) => write!(f, "{op}"),
             other => write!(f, "{other:?}"),
         }
+    }
+}
+
+impl fmt::Display for AttentionOp {
+    /// What is usual is left out.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { heads, kv_heads, key_size, value_size, scale, .. } = self;
+        write!(f, "Attention{{heads: {heads}, kv_heads: {kv_heads}, size: {key_size}")?;
+        if value_size != key_size {
+            write!(f, ", value_size: {value_size}")?;
+        }
+        write!(f, ", scale: {scale}")?;
+        let sizes = [("window", self.window), ("chunk", self.chunk)];
+        for (name, size) in sizes.iter().filter_map(|(name, size)| size.map(|size| (name, size))) {
+            write!(f, ", {name}: {size}")?;
+        }
+        if let Some(cap) = self.softcap {
+            write!(f, ", softcap: {cap}")?;
+        }
+        if let Some(alibi) = self.alibi {
+            write!(f, ", {alibi:?}")?;
+        }
+        f.write_str(if self.sinks { ", sinks}" } else { "}" })
+    }
+}
+
+impl fmt::Display for MoeOp {
+    /// What is usual is left out.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { experts, top_k, intermediate_size, activation, routing, .. } = self;
+        write!(f, "Moe{{{top_k} of {experts} experts of {intermediate_size}, {activation:?}")?;
+        let flags = [("gated", self.gated), ("bias", self.bias), ("weigh_input", self.weigh_input)];
+        for (name, _) in flags.iter().filter(|(_, set)| *set) {
+            write!(f, ", {name}")?;
+        }
+        write!(f, ", {:?}", routing.score)?;
+        let flags =
+            [("bias", routing.bias), ("correction bias", routing.correction_bias), ("normalize", routing.normalize)];
+        for (name, _) in flags.iter().filter(|(_, set)| *set) {
+            write!(f, " {name}")?;
+        }
+        if let Some(groups) = routing.groups {
+            write!(f, ", {} of {} groups by their best {}", groups.top, groups.count, groups.score_top)?;
+        }
+        if routing.identity_experts > 0 {
+            write!(f, ", {} identity experts", routing.identity_experts)?;
+        }
+        write!(f, ", scale: {}}}", routing.scale)
     }
 }
 
