@@ -8,7 +8,7 @@ use rand_chacha::ChaCha8Rng;
 use super::metrics::Logits;
 use super::report::{Kind, Outcome, Report};
 use super::scenario::{Continuation, Prompt, Scenario, compare_rows, continue_greedily, run, run_rows_alone};
-use super::{GREEDY_TOKENS, Options, divergence, failed, folder_of, judge_greedy, judged, perplexity};
+use super::{GREEDY_TOKENS, Options, divergence, failed, folder_of, judge_greedy, judged, perplexity, promised};
 use crate::error::{Code, Error, Result};
 use crate::session::{Decoder, IntMatrix};
 use crate::tokenizer::Tokenizer;
@@ -33,7 +33,8 @@ pub fn consistency(model: &Path, other: Option<&Path>, options: &Options) -> Res
     let prompt = random_prompt(folder_of(model))?;
     let own = run_rows_alone(&mut decoder, &prompt)?.logits;
     let recomputed = continue_greedily(&mut decoder, &prompt, GREEDY_TOKENS, false);
-    let results = run_all(&mut decoder, &prompt);
+    let (scenarios, note) = promised(model);
+    let results = run_all(&mut decoder, &prompt, &scenarios);
     let element = decoder.element();
     let mut report = Report {
         kind: Kind::Consistency,
@@ -44,7 +45,7 @@ pub fn consistency(model: &Path, other: Option<&Path>, options: &Options) -> Res
         scenarios: Vec::new(),
         perplexity: Vec::new(),
         divergence: None,
-        notes: Vec::new(),
+        notes: note.into_iter().collect(),
     };
     for (scenario, got) in results.scenarios.iter().filter(|(s, _)| *s != Scenario::Prefill) {
         report.scenarios.push(against(scenario.name(), "full run", got, &own, &prompt, *scenario, tolerance));
@@ -71,8 +72,8 @@ pub fn consistency(model: &Path, other: Option<&Path>, options: &Options) -> Res
     Ok(report)
 }
 
-fn run_all(decoder: &mut Decoder, prompt: &Prompt) -> Results {
-    let scenarios = Scenario::ALL.into_iter().map(|s| (s, run(decoder, prompt, s).map(|r| r.logits))).collect();
+fn run_all(decoder: &mut Decoder, prompt: &Prompt, scenarios: &[Scenario]) -> Results {
+    let scenarios = scenarios.iter().map(|&s| (s, run(decoder, prompt, s).map(|r| r.logits))).collect();
     Results { scenarios, greedy: continue_greedily(decoder, prompt, GREEDY_TOKENS, true) }
 }
 
@@ -85,7 +86,8 @@ fn compare_with(
     report: &mut Report,
 ) -> Result<()> {
     let mut decoder = Decoder::open(other, &options.session(false))?;
-    let theirs = run_all(&mut decoder, prompt);
+    let scenarios: Vec<Scenario> = results.scenarios.iter().map(|(scenario, _)| *scenario).collect();
+    let theirs = run_all(&mut decoder, prompt, &scenarios);
     for ((scenario, got), (_, want)) in results.scenarios.iter().zip(&theirs.scenarios) {
         let name = format!("{}, primitive", scenario.name());
         report.scenarios.push(match want {

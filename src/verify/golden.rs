@@ -5,7 +5,7 @@ use std::path::Path;
 use super::metrics::{Comparison, Logits};
 use super::report::{Kind, Outcome, Perplexity, Report, Verdict};
 use super::scenario::{Prompt, Scenario, compare_rows, continue_greedily, run, steps_of};
-use super::{GREEDY_TOKENS, Options, divergence, failed, folder_of, judge_greedy, judged, perplexity};
+use super::{GREEDY_TOKENS, Options, divergence, failed, folder_of, judge_greedy, judged, perplexity, promised};
 use crate::error::Result;
 use crate::golden::{Evaluation, Golden};
 use crate::session::{Decoder, Floats};
@@ -32,7 +32,9 @@ pub fn against_golden(model: &Path, golden: &Golden, options: &Options) -> Resul
         notes: Vec::new(),
     };
     let reference = Logits::from_tensor(&golden.logits);
-    for scenario in Scenario::ALL {
+    let (scenarios, note) = promised(model);
+    report.notes.extend(note);
+    for scenario in scenarios {
         let outcome = check(&mut decoder, golden, &reference, &prompt, scenario, tolerance);
         report.scenarios.push(outcome.unwrap_or_else(|e| failed(scenario.name(), "golden", &e)));
     }

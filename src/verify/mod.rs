@@ -19,7 +19,7 @@ pub use golden::against_golden;
 pub use report::{Divergence, Greedy, Kind, Outcome, Perplexity, Report, Verdict};
 
 use metrics::{Comparison, compare};
-use scenario::Continuation;
+use scenario::{Continuation, Scenario};
 
 /// Tokens that a greedy continuation is checked for.
 const GREEDY_TOKENS: usize = 16;
@@ -58,6 +58,19 @@ pub fn tolerance(element: ElementType) -> f64 {
 /// The folder of a directory or of a file in one.
 fn folder_of(model: &Path) -> &Path {
     if model.is_dir() { model } else { model.parent().unwrap_or(model) }
+}
+
+/// The scenarios that a model is held to, and a note where they are not all: a directory that was built for right
+/// padding alone promises nothing about rows padded on the left.
+fn promised(model: &Path) -> (Vec<Scenario>, Option<String>) {
+    let manifest = crate::read::json_file(&folder_of(model).join("hf2onnx.json"));
+    let right_only = manifest.is_ok_and(|manifest| manifest.get("padding").is_some_and(|padding| padding == "right"));
+    if !right_only {
+        return (Scenario::ALL.to_vec(), None);
+    }
+    let (left, kept): (Vec<Scenario>, Vec<Scenario>) = Scenario::ALL.into_iter().partition(|s| s.pads_left());
+    let names: Vec<&str> = left.iter().map(|scenario| scenario.name()).collect();
+    (kept, Some(format!("built with --padding right: {} left out", names.join(", "))))
 }
 
 /// An outcome from differences alone.

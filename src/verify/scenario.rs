@@ -27,6 +27,11 @@ impl Scenario {
     pub const ALL: [Self; 6] =
         [Self::Prefill, Self::BatchLeft, Self::BatchRight, Self::Decode, Self::Chunks, Self::BatchDecode];
 
+    /// Rows are padded on the left.
+    pub fn pads_left(self) -> bool {
+        matches!(self, Self::BatchLeft | Self::BatchDecode)
+    }
+
     /// The name in reports.
     pub fn name(self) -> &'static str {
         match self {
