@@ -10,6 +10,7 @@ pub mod error;
 pub mod generate;
 pub mod golden;
 pub mod graph;
+pub mod inspect;
 pub mod lower;
 pub mod onnx;
 pub mod opset;

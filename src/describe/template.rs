@@ -122,6 +122,46 @@ impl Template {
         Ok(Self { name: name.to_owned(), model_types, summary, ancestors, tables, tensors, sources })
     }
 
+    /// Its tables, merged with all that it inherits; `[tensors]` stand in [`Template::tensor_rules`].
+    pub fn merged(&self) -> &Table {
+        &self.tables
+    }
+
+    /// `[tensors]` of each file, the template's own first.
+    pub fn tensor_rules(&self) -> &[Table] {
+        &self.tensors
+    }
+
+    /// The merged template as TOML, with the file that each inherited value comes from behind it.
+    pub fn annotated(&self) -> String {
+        let types = self.model_types.iter().cloned().map(Value::String).collect();
+        let mut text = format!("# {}\nmodel_type = {}\n", self.summary, Value::Array(types));
+        let files: Vec<(&str, Table)> =
+            self.sources.iter().map(|(name, text)| (name.as_str(), text.parse().unwrap_or_default())).collect();
+        let origin = |table: &str, key: &str| {
+            let holds = |file: &Table| file.get(table).and_then(|table| table.get(key)).is_some();
+            let found = files.iter().find(|(_, file)| holds(file)).map_or("", |(name, _)| *name);
+            if found == self.name { String::new() } else { format!("  # {found}") }
+        };
+        for name in TABLES.iter().filter(|name| **name != "tensors") {
+            let Some(table) = self.table(name).filter(|table| !table.is_empty()) else { continue };
+            text += &format!("\n[{name}]\n");
+            for (key, value) in table {
+                text += &format!("{} = {value}{}\n", quoted_key(key), origin(name, key));
+            }
+        }
+        let mut known = BTreeSet::new();
+        for (key, value) in self.tensors.iter().flatten() {
+            if known.is_empty() {
+                text += "\n[tensors]\n";
+            }
+            if known.insert(key) {
+                text += &format!("{} = {value}{}\n", quoted_key(key), origin("tensors", key));
+            }
+        }
+        text
+    }
+
     /// A table of the template; an empty one if it is not there.
     pub(super) fn table(&self, name: &str) -> Option<&Table> {
         self.tables.get(name).and_then(Value::as_table)
@@ -144,6 +184,12 @@ impl Template {
         self.tensors.iter().for_each(|rules| collect(&Value::Table(rules.clone()), &mut found));
         found
     }
+}
+
+/// A key as TOML wants it.
+pub(crate) fn quoted_key(key: &str) -> String {
+    let bare = !key.is_empty() && key.chars().all(|c| c.is_ascii_alphanumeric() || c == '_' || c == '-');
+    if bare { key.to_owned() } else { Value::String(key.to_owned()).to_string() }
 }
 
 fn file_name(name: &str) -> String {
