@@ -16,6 +16,7 @@ pub mod onnx;
 pub mod opset;
 pub mod read;
 pub mod runtime;
+pub mod scaffold;
 pub mod session;
 pub mod spec;
 pub mod tokenizer;

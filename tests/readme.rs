@@ -35,7 +35,8 @@ fn support_lists_every_case() -> TestResult {
     if updating() {
         let path = repository().join("golden").join("support.toml");
         let old = fs::read_to_string(&path)?;
-        let mut text: String = old.lines().take_while(|line| line.starts_with('#')).fold(String::new(), |t, l| t + l + "\n");
+        let mut text: String =
+            old.lines().take_while(|line| line.starts_with('#')).fold(String::new(), |t, l| t + l + "\n");
         for (name, case) in &found {
             write!(text, "\n[{name}]\nmodel_type = {:?}\ntemplate = {:?}\n", case.model_type, case.template)?;
             writeln!(text, "targets = {:?}", case.targets)?;

@@ -6,6 +6,7 @@ mod generate;
 mod inspect;
 mod output;
 mod runtime;
+mod scaffold;
 mod templates;
 mod verify;
 
@@ -38,6 +39,7 @@ enum Command {
     Inspect(Box<inspect::Inspect>),
     Generate(generate::Generate),
     Templates(templates::Templates),
+    Scaffold(scaffold::Scaffold),
     Runtime(runtime::Runtime),
 }
 
@@ -55,6 +57,7 @@ pub fn main() -> ExitCode {
         Command::Inspect(command) => command.run(&mut output),
         Command::Generate(command) => command.run(&mut output),
         Command::Templates(command) => command.run(&mut output),
+        Command::Scaffold(command) => command.run(&mut output),
         Command::Runtime(command) => command.run(&mut output),
     };
     output.finish(result)

@@ -121,10 +121,7 @@ mod tests {
             "factors": [1, 2, 3, 4, 5, 6, 7.5], "groups": {"count": 3},
         }));
         assert_eq!(fields.size("heads"), Some(4));
-        assert_eq!(
-            fields.rest(),
-            ["sinks", "softcap 50", "factors [1, 2, ... 7.5] (7 values)", "groups (count 3)"]
-        );
+        assert_eq!(fields.rest(), ["sinks", "softcap 50", "factors [1, 2, ... 7.5] (7 values)", "groups (count 3)"]);
     }
 
     #[test]

@@ -79,11 +79,7 @@ pub struct Sizes {
 
 impl From<&Template> for TemplateWords {
     fn from(template: &Template) -> Self {
-        Self {
-            name: template.name.clone(),
-            extends: template.ancestors.clone(),
-            summary: template.summary.clone(),
-        }
+        Self { name: template.name.clone(), extends: template.ancestors.clone(), summary: template.summary.clone() }
     }
 }
 
@@ -218,7 +214,11 @@ fn write_notes(f: &mut fmt::Formatter<'_>, notes: &[Note]) -> fmt::Result {
     }
     writeln!(f, "\nnot in the target's best form")?;
     for note in notes {
-        writeln!(f, "  {}: {} is not used, because {} (first in {})", note.composite, note.form, note.reason, note.scope)?;
+        writeln!(
+            f,
+            "  {}: {} is not used, because {} (first in {})",
+            note.composite, note.form, note.reason, note.scope
+        )?;
     }
     Ok(())
 }

@@ -67,15 +67,15 @@ pub fn trace(compiled: &Compiled, name: &str) -> Result<Trace> {
     let mut initializers = Vec::new();
     let graph = &compiled.lowered.graph;
     let mut parameters: Vec<&str> = Vec::new();
-    let of_tensor = |parameter: &&crate::bind::Parameter| {
-        parameter.name == name || parameter.weight.sources().contains(&name)
-    };
+    let of_tensor =
+        |parameter: &&crate::bind::Parameter| parameter.name == name || parameter.weight.sources().contains(&name);
     parameters.extend(plan.parameters.iter().filter(of_tensor).map(|parameter| parameter.name.as_str()));
     for (id, value) in graph.values() {
         let Source::Literal(Constant::Weight(weight)) = &value.source else { continue };
         let sources = weight.sources();
         if value.name == name {
-            parameters.extend(sources.iter().filter(|source| !parameters.contains(source)).copied().collect::<Vec<_>>());
+            parameters
+                .extend(sources.iter().filter(|source| !parameters.contains(source)).copied().collect::<Vec<_>>());
         } else if !sources.iter().any(|source| parameters.contains(source)) {
             continue;
         }
@@ -111,11 +111,7 @@ pub fn trace(compiled: &Compiled, name: &str) -> Result<Trace> {
 }
 
 fn step(parameter: &crate::bind::Parameter) -> ParameterStep {
-    ParameterStep {
-        name: parameter.name.clone(),
-        shape: parameter.shape.clone(),
-        from: parameter.weight.to_string(),
-    }
+    ParameterStep { name: parameter.name.clone(), shape: parameter.shape.clone(), from: parameter.weight.to_string() }
 }
 
 fn tensor(compiled: &Compiled, name: &str) -> Option<TensorStep> {

@@ -257,9 +257,7 @@ fn routing_words(mut routing: Fields) -> String {
         let (count, top, best) = (size("count"), size("top"), size("score_top"));
         let rest = groups.rest();
         let rest = if rest.is_empty() { String::new() } else { format!(" ({})", rest.join(", ")) };
-        words.push(format!(
-            "from the best {top} of {count} groups, each scored by the sum of its best {best}{rest}"
-        ));
+        words.push(format!("from the best {top} of {count} groups, each scored by the sum of its best {best}{rest}"));
     }
     if routing.flag("normalize") {
         words.push("weights normalised to a sum of one".to_owned());
@@ -293,9 +291,9 @@ fn norms(places: Fields) -> String {
             None => formulas.push((formula, vec![words])),
         }
     }
-    let words = formulas.into_iter().map(|(formula, names)| {
-        if names.is_empty() { formula } else { format!("{formula}: {}", names.join(", ")) }
-    });
+    let words = formulas
+        .into_iter()
+        .map(|(formula, names)| if names.is_empty() { formula } else { format!("{formula}: {}", names.join(", ")) });
     words.collect::<Vec<_>>().join("; ")
 }
 
