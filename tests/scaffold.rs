@@ -46,6 +46,22 @@ fn a_variant_extends_the_right_template_and_builds() -> TestResult {
     Ok(())
 }
 
+/// What a variant has besides is asked for, never dropped.
+#[test]
+fn a_variant_that_is_not_quite_known_asks() -> TestResult {
+    let scratch = tempfile::tempdir()?;
+    let repo = renamed("qwen2", scratch.path())?;
+    let path = repo.join("config.json");
+    let text = fs::read_to_string(&path)?.replace("\"hidden_size\"", "\"d_model\"").replacen('{', "{\"twist\": 3,", 1);
+    fs::write(&path, text.replace("unknown_qwen2", "twisted").replace("Qwen2ForCausalLM", "TwistedForCausalLM"))?;
+    let draft = of(&repo)?;
+    assert_eq!(draft.extends, "qwen2", "{}", draft.template);
+    assert_eq!(draft.failure, None, "{}", draft.template);
+    assert!(draft.template.contains("hidden_size = \"=d_model\"  # guess:"), "{}", draft.template);
+    assert!(draft.todos.iter().any(|todo| todo.contains("twist")), "{:?}", draft.todos);
+    Ok(())
+}
+
 #[test]
 fn a_stranger_is_bound_whole() -> TestResult {
     let repo = Case::named("my_model")?.repo()?;

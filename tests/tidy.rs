@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 type TestResult<T = ()> = Result<T, Box<dyn Error>>;
 
 /// The modules in the order of the pipeline: each may use those before it.
-const PIPELINE: [&str; 22] = [
+const PIPELINE: [&str; 23] = [
     "error",
     "element",
     "onnx",
@@ -30,8 +30,9 @@ const PIPELINE: [&str; 22] = [
     "tokenizer",
     "verify",
     "generate",
-    "inspect",
     "scaffold",
+    "compile",
+    "inspect",
     "cli",
 ];
 const FILE_LINES: usize = 600;

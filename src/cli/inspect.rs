@@ -13,7 +13,7 @@ use crate::read::Repository;
 
 /// Show what a repository or a built directory holds, and how it becomes a graph.
 ///
-/// Equal neighbouring layers are described once. Nothing is written, and no weight is read: only headers are.
+/// Equal layers are described once. Nothing is written, and no weight is read: only headers are.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  hf2onnx inspect golden/kjv-llama\n  hf2onnx inspect REPO --target standard\n  \
     hf2onnx inspect REPO --tensor model.layers.0.self_attn.q_proj.weight\n  hf2onnx inspect out/kjv")]

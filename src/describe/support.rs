@@ -1,6 +1,7 @@
 //! What is supported: a row for each template, with its mechanisms and the golden cases that it passes.
 
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
 
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
@@ -81,7 +82,7 @@ pub fn markdown(rows: &[Row]) -> String {
             dash(code(&row.targets)),
             dash(row.cases.join(", ")),
         ];
-        text += &format!("| {} |\n", cells.join(" | "));
+        let _ = writeln!(text, "| {} |", cells.join(" | "));
     }
     text
 }

@@ -1,6 +1,7 @@
 //! Templates: reading them, what they inherit, and the catalogue of those that are built in.
 
 use std::collections::BTreeSet;
+use std::fmt::Write as _;
 use std::path::Path;
 
 use toml::{Table, Value};
@@ -147,9 +148,9 @@ impl Template {
         };
         for name in TABLES.iter().filter(|name| **name != "tensors") {
             let Some(table) = self.table(name).filter(|table| !table.is_empty()) else { continue };
-            text += &format!("\n[{name}]\n");
+            let _ = writeln!(text, "\n[{name}]");
             for (key, value) in table {
-                text += &format!("{} = {value}{}\n", quoted_key(key), origin(name, key));
+                let _ = writeln!(text, "{} = {value}{}", quoted_key(key), origin(name, key));
             }
         }
         let mut known = BTreeSet::new();
@@ -158,7 +159,7 @@ impl Template {
                 text += "\n[tensors]\n";
             }
             if known.insert(key) {
-                text += &format!("{} = {value}{}\n", quoted_key(key), origin("tensors", key));
+                let _ = writeln!(text, "{} = {value}{}", quoted_key(key), origin("tensors", key));
             }
         }
         text

@@ -17,7 +17,7 @@ use serde_json::Value;
 
 use crate::compile::{Compiled, Options};
 use crate::describe::{Accounting, Template};
-use crate::graph::Symbol;
+use crate::graph::{Dim, Symbol};
 use crate::lower::Note;
 
 /// A repository as a target would have it.
@@ -113,7 +113,7 @@ fn sizes(compiled: &Compiled, options: &Options) -> Sizes {
     let (mut per_token, mut state) = (0, 0);
     let graph = &compiled.lowered.graph;
     for input in graph.inputs.iter().map(|id| graph.value(*id)).filter(|input| input.name.starts_with("past_")) {
-        let fixed = input.ty.shape.iter().filter_map(|dim| dim.value()).filter_map(|size| u64::try_from(size).ok());
+        let fixed = input.ty.shape.iter().filter_map(Dim::value).filter_map(|size| u64::try_from(size).ok());
         let bytes = fixed.fold(input.ty.element.size() as u64, u64::saturating_mul);
         let grows = input.ty.shape.iter().any(|dim| *dim == Symbol::Past.into());
         *if grows { &mut per_token } else { &mut state } += bytes;

@@ -15,7 +15,7 @@ pub struct Section {
     pub lines: Vec<(String, String)>,
 }
 
-/// Describes a serialised [`crate::spec::ModelSpec`]; equal neighbouring layers are described once.
+/// Describes a serialised [`crate::spec::ModelSpec`]; equal layers are described once.
 pub fn describe(spec: &Value) -> Vec<Section> {
     let mut spec = Fields::of(spec.clone());
     let layers = match spec.take("layers") {
@@ -23,15 +23,34 @@ pub fn describe(spec: &Value) -> Vec<Section> {
         _ => Vec::new(),
     };
     let mut sections = vec![model(spec, &layers)];
-    let mut start = 0;
-    for run in layers.chunk_by(|a, b| a == b) {
-        let last = start + run.len() - 1;
-        let title = if run.len() == 1 { format!("layer {start}") } else { format!("layers {start}-{last}") };
-        let lines = run.first().map(|first| layer(Fields::of(first.clone()))).unwrap_or_default();
-        sections.push(Section { title, lines });
-        start += run.len();
+    let mut kinds: Vec<(&Value, Vec<usize>)> = Vec::new();
+    for (index, layer) in layers.iter().enumerate() {
+        match kinds.iter_mut().find(|(known, _)| *known == layer) {
+            Some((_, indices)) => indices.push(index),
+            None => kinds.push((layer, vec![index])),
+        }
+    }
+    for (kind, indices) in kinds {
+        let plural = if indices.len() == 1 { "layer" } else { "layers" };
+        let title = format!("{plural} {}", ranges(&indices));
+        sections.push(Section { title, lines: layer(Fields::of(kind.clone())) });
     }
     sections
+}
+
+/// `0-2, 4`; many equal steps are `5, 11, ... 47 (8 layers)`.
+fn ranges(indices: &[usize]) -> String {
+    let runs = indices.chunk_by(|a, b| a + 1 == *b).map(|run| match run {
+        [first, .., last] => format!("{first}-{last}"),
+        _ => run.first().map(usize::to_string).unwrap_or_default(),
+    });
+    let runs: Vec<String> = runs.collect();
+    match runs.as_slice() {
+        [first, second, third, .., last] if runs.len() > 8 => {
+            format!("{first}, {second}, {third}, ... {last} ({} layers)", indices.len())
+        }
+        _ => runs.join(", "),
+    }
 }
 
 type Lines = Vec<(String, String)>;
@@ -314,4 +333,16 @@ fn norm(mut norm: Fields) -> (String, String) {
 fn short(value: f64) -> String {
     let text = format!("{value:.6}");
     text.trim_end_matches('0').trim_end_matches('.').to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::ranges;
+
+    #[test]
+    fn layers_by_number() {
+        assert_eq!(ranges(&[0]), "0");
+        assert_eq!(ranges(&[0, 1, 2, 4, 6, 7]), "0-2, 4, 6-7");
+        assert_eq!(ranges(&(0..20).map(|i| 2 * i).collect::<Vec<_>>()), "0, 2, 4, ... 38 (20 layers)");
+    }
 }

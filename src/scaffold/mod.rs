@@ -12,6 +12,7 @@ mod stranger;
 
 pub use rank::{Candidate, nearest, with_nearest};
 
+use std::fmt::Write as _;
 use std::path::Path;
 
 use serde::Serialize;
@@ -118,10 +119,14 @@ fn head(model_type: &str, extends: &str, nearest: &[Candidate], auto_map: bool) 
     if auto_map {
         text += "# The repository has Python of its own (auto_map): it was not run, and it is what to read.\n";
     }
-    text += "# Known templates, by how much of the tensors and parameters they cover:\n";
+    text += "# Known templates: how much of the tensors and parameters fit by name and shape, and by shape alone.\n";
     for candidate in nearest.iter().take(5) {
-        let why = candidate.refused.as_ref().map_or_else(String::new, |why| format!("  ({})", printable(why)));
-        text += &format!("#   {:<6} {}{why}\n", candidate.percent(), candidate.template);
+        let why = candidate.refused.as_ref().map_or_else(String::new, |why| {
+            let short: String = printable(why).chars().take(80).collect();
+            format!("  ({short})")
+        });
+        let (by_name, by_shape) = (Candidate::percent(candidate.coverage), Candidate::percent(candidate.shapes));
+        let _ = writeln!(text, "#   {by_name:>5} {by_shape:>5}  {}{why}", candidate.template);
     }
     text
 }
@@ -131,18 +136,14 @@ fn unread(sheet: &mut Sheet, bare: &Template, config: &Map<String, Value>) {
     let every: Vec<String> = config.keys().cloned().collect();
     let Ok(description) = describe::describe(bare, config, &every) else { return };
     for key in description.accounting.allowed {
-        match keys::meaning(config, &key) {
-            Some(usual) => {
-                let reason = toml::Value::String(format!("{usual} again")).to_string();
-                sheet.guess("without_effect", &key, &reason, "the same value under another name");
-            }
-            None => {
-                let value: String =
-                    config.get(&key).map(Value::to_string).unwrap_or_default().chars().take(40).collect();
-                let what = format!("it is {value}: does the modeling file read it?");
-                sheet.todo("without_effect", &key, "\"not read by the modeling file\"", &what);
-            }
+        if let Some(usual) = keys::meaning(config, &key) {
+            let reason = toml::Value::String(format!("{usual} again")).to_string();
+            sheet.guess("without_effect", &key, &reason, "the same value under another name");
+            continue;
         }
+        let value: String = config.get(&key).map(Value::to_string).unwrap_or_default().chars().take(40).collect();
+        let what = format!("it is {value}: does the modeling file read it?");
+        sheet.todo("without_effect", &key, "\"not read by the modeling file\"", &what);
     }
 }
 

@@ -1,6 +1,5 @@
 //! Which known template is nearest: by the tensors that it would bind and the parameters that it would miss.
 
-use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Serialize;
@@ -22,6 +21,8 @@ pub struct Candidate {
     /// Part of all tensors and parameters that fit each other by name and shape, from 0 to 1. Tensors whose names
     /// differ by numbers only count once, so that layers and experts do not outvote the rest.
     pub coverage: f64,
+    /// Part of all tensors and parameters that fit each other by shape alone, from 0 to 1.
+    pub shapes: f64,
     /// Tensor patterns that nothing of the template takes.
     pub unexpected: Vec<String>,
     /// Parameters of the template that no tensor makes.
@@ -38,9 +39,9 @@ pub struct Candidate {
 }
 
 impl Candidate {
-    /// The coverage as people read it; only a perfect one is 100 %.
-    pub fn percent(&self) -> String {
-        format!("{:.0} %", (self.coverage * 100.0).floor())
+    /// A part as people read it; only all of it is 100 %.
+    pub fn percent(part: f64) -> String {
+        format!("{:.0} %", (part * 100.0).floor())
     }
 }
 
@@ -51,8 +52,9 @@ pub fn nearest(config: &Map<String, Value>, checkpoint: &Checkpoint) -> Result<V
     let mut all: Vec<Candidate> =
         catalogue.templates().iter().map(|template| candidate(template, &filled, checkpoint)).collect();
     all.sort_by(|a, b| {
-        let key = |c: &Candidate| (Reverse(c.hint), c.unread_keys.len(), c.depth, c.template.clone());
-        b.coverage.total_cmp(&a.coverage).then_with(|| key(a).cmp(&key(b)))
+        let key = |c: &Candidate| (c.unread_keys.len(), c.depth, c.template.clone());
+        let by_name = b.coverage.total_cmp(&a.coverage).then(b.hint.cmp(&a.hint));
+        by_name.then(b.shapes.total_cmp(&a.shapes)).then_with(|| key(a).cmp(&key(b)))
     });
     Ok(all)
 }
@@ -64,20 +66,24 @@ pub fn with_nearest(error: Error, config: &Map<String, Value>, checkpoint: &Chec
         return error;
     }
     let Ok(all) = nearest(config, checkpoint) else { return error };
-    let near = all.iter().filter(|candidate| candidate.coverage > 0.0).take(3);
-    let near: Vec<String> = near.map(|c| format!("{} ({})", c.template, c.percent())).collect();
-    if near.is_empty() {
-        return error;
-    }
-    let expected =
-        format!("a model_type with a template; by tensor names and shapes the nearest are {}", near.join(", "));
-    error.expected(expected)
+    let list = |measure: fn(&Candidate) -> f64| {
+        let near = all.iter().filter(|candidate| measure(candidate) > 0.0).take(3);
+        near.map(|c| format!("{} ({})", c.template, Candidate::percent(measure(c)))).collect::<Vec<_>>().join(", ")
+    };
+    let (by_name, by_shape) = (list(|c| c.coverage), list(|c| c.shapes));
+    let near = match (by_name.is_empty(), by_shape.is_empty()) {
+        (false, _) => format!("by tensor names and shapes the nearest are {by_name}"),
+        (true, false) => format!("no tensor has a known name, by shapes alone the nearest are {by_shape}"),
+        (true, true) => return error,
+    };
+    error.expected(format!("a model_type with a template; {near}"))
 }
 
 fn candidate(template: &Template, config: &Map<String, Value>, checkpoint: &Checkpoint) -> Candidate {
     let mut candidate = Candidate {
         template: template.name.clone(),
         coverage: 0.0,
+        shapes: 0.0,
         unexpected: Vec::new(),
         missing: Vec::new(),
         unread_keys: Vec::new(),
@@ -156,7 +162,28 @@ fn cover(
     }
     let missing = parameters.0.len() as f64 - parameters.fitting();
     candidate.coverage = tensors.fitting() / (tensors.0.len() as f64 + missing).max(1.0);
+    candidate.shapes = by_shape(shapes.values().map(Vec::as_slice), checkpoint);
     candidate.unexpected = tensors.unfit();
     candidate.missing = parameters.unfit();
     Ok(())
+}
+
+/// Tensors and parameters that can be paired off by shape, of the more numerous of both. Stacked experts count each.
+#[expect(clippy::cast_precision_loss, reason = "counts of tensors are small")]
+fn by_shape<'s>(parameters: impl Iterator<Item = &'s [usize]>, checkpoint: &Checkpoint) -> f64 {
+    let count = |shapes: &mut dyn Iterator<Item = &[usize]>| {
+        let mut counts: BTreeMap<Vec<usize>, usize> = BTreeMap::new();
+        for shape in shapes {
+            match shape {
+                [experts, rows, columns] => *counts.entry(vec![*rows, *columns]).or_default() += experts,
+                _ => *counts.entry(shape.to_vec()).or_default() += 1,
+            }
+        }
+        counts
+    };
+    let wanted = count(&mut { parameters });
+    let found = count(&mut checkpoint.tensors().map(|tensor| tensor.shape.as_slice()));
+    let pairs: usize = wanted.iter().map(|(shape, n)| found.get(shape).map_or(0, |m| *m.min(n))).sum();
+    let all = wanted.values().sum::<usize>().max(found.values().sum());
+    pairs as f64 / all.max(1) as f64
 }

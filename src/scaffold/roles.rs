@@ -51,7 +51,7 @@ impl<'p> Parts<'p> {
         let leaf = segments.last().copied().unwrap_or_default();
         let weight = ["weight", "scale", "gamma", "kernel", "w"].contains(&leaf);
         let bias = ["bias", "beta", "shift", "b"].contains(&leaf);
-        let own = if (weight || bias) && segments.len() > 1 { 1 } else { 0 };
+        let own = usize::from((weight || bias) && segments.len() > 1);
         let modules = segments.get(..segments.len().saturating_sub(own)).unwrap_or_default();
         let module = modules.last().copied().unwrap_or_default();
         let stem = ["_proj", "_layer", "_linear", "_lin"].iter().find_map(|end| module.strip_suffix(end));

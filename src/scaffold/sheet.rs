@@ -1,5 +1,7 @@
 //! The text of a draft: tables in the order of templates, each line with its mark.
 
+use std::fmt::Write as _;
+
 use crate::describe::quoted_key;
 
 const ORDER: [&str; 14] = [
@@ -66,9 +68,11 @@ impl Sheet {
         for table in ORDER {
             let mut lines = self.lines.iter().filter(|(of, _)| *of == table).peekable();
             if lines.peek().is_some() {
-                text += &format!("\n[{table}]\n");
+                let _ = writeln!(text, "\n[{table}]");
             }
-            lines.for_each(|(_, line)| text += &format!("{line}\n"));
+            for (_, line) in lines {
+                let _ = writeln!(text, "{line}");
+            }
         }
         text
     }
