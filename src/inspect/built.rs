@@ -69,11 +69,16 @@ impl fmt::Display for Built {
         let of_spec = |key: &str| spec.and_then(|spec| spec.get(key)).and_then(Value::as_str).unwrap_or("?");
         let (model_type, template) = (of_spec("model_type"), of_spec("template"));
         writeln!(f, "{model_type}, built by hf2onnx {} with the template {template}", self.text("hf2onnx"))?;
+        let padding = match self.text("padding") {
+            "any" => "exact for left, right and none",
+            "right" => "exact for right and none",
+            other => other,
+        };
         let mut lines = vec![
             ("graph", self.text("onnx").to_owned()),
             ("target", self.text("target").to_owned()),
             ("dtype", self.text("dtype").to_owned()),
-            ("padding", format!("exact for {}", self.text("padding"))),
+            ("padding", padding.to_owned()),
             ("logits", self.text("logits").to_owned()),
             ("verified", self.verified()),
         ];
