@@ -14,6 +14,7 @@ use crate::error::{Code, Error, Result};
 use crate::lower::{self, Lowered, Note, Padding};
 use crate::opset::Target;
 use crate::read::{FileHash, Repository, hash_files};
+use crate::scaffold;
 use crate::spec::ModelSpec;
 use crate::write::{self, ConsumerFiles, ExternalWriter, Force, Signature, Staging};
 
@@ -58,7 +59,8 @@ pub struct Compiled {
 /// Reads, describes, builds, lowers and binds a model.
 pub fn compile(options: &Options) -> Result<Compiled> {
     let repository = Repository::open(&options.repository)?;
-    let template = describe::choose(&repository.config, options.template.as_deref())?;
+    let template = describe::choose(&repository.config, options.template.as_deref())
+        .map_err(|error| scaffold::with_nearest(error, &repository.config, &repository.checkpoint))?;
     let description = describe::describe(&template, &repository.config, &options.allowed_keys)?;
     compile_description(repository, description, options)
 }

@@ -24,6 +24,7 @@ const PIPELINE: [&str; 24] = [
     "lower",
     "bind",
     "write",
+    "scaffold",
     "compile",
     "runtime",
     "session",
@@ -33,7 +34,6 @@ const PIPELINE: [&str; 24] = [
     "verify",
     "generate",
     "inspect",
-    "scaffold",
     "cli",
 ];
 const FILE_LINES: usize = 600;

@@ -3,8 +3,11 @@
 
 mod build;
 mod generate;
+mod inspect;
 mod output;
 mod runtime;
+mod scaffold;
+mod templates;
 mod verify;
 
 use std::path::PathBuf;
@@ -33,7 +36,10 @@ pub struct Cli {
 enum Command {
     Build(Box<build::Build>),
     Verify(verify::Verify),
+    Inspect(Box<inspect::Inspect>),
     Generate(generate::Generate),
+    Templates(templates::Templates),
+    Scaffold(scaffold::Scaffold),
     Runtime(runtime::Runtime),
 }
 
@@ -48,7 +54,10 @@ pub fn main() -> ExitCode {
     let result = match cli.command {
         Command::Build(command) => command.run(&mut output),
         Command::Verify(command) => command.run(&mut output),
+        Command::Inspect(command) => command.run(&mut output),
         Command::Generate(command) => command.run(&mut output),
+        Command::Templates(command) => command.run(&mut output),
+        Command::Scaffold(command) => command.run(&mut output),
         Command::Runtime(command) => command.run(&mut output),
     };
     output.finish(result)

@@ -8,11 +8,13 @@ mod expression;
 mod resolve;
 mod rope;
 mod rules;
+pub mod support;
 mod template;
 
 pub use accounting::Accounting;
 pub(crate) use accounting::distance;
 pub use rules::{Bound, TensorRules};
+pub(crate) use template::quoted_key;
 pub use template::{Catalogue, Template};
 
 use serde_json::{Map, Value};

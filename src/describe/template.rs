@@ -1,6 +1,7 @@
 //! Templates: reading them, what they inherit, and the catalogue of those that are built in.
 
 use std::collections::BTreeSet;
+use std::fmt::Write as _;
 use std::path::Path;
 
 use toml::{Table, Value};
@@ -95,16 +96,18 @@ impl Template {
         let mut sources = vec![(name.to_owned(), text.to_owned())];
         let mut chain = vec![own];
         let mut ancestors = Vec::new();
+        // A user's own may extend every built-in one.
+        let most = if built_in(name).is_some() { 2 } else { 3 };
         while let Some(parent) = chain.last_mut().and_then(|table| table.remove("extends")) {
             let Some((parent, text)) = parent.as_str().and_then(built_in) else {
                 return Err(invalid(name, "extends", text)
                     .found(parent)
                     .expected(format!("one of {}", names().join(", "))));
             };
-            if ancestors.len() == 2 {
+            if ancestors.len() == most {
                 return Err(invalid(name, "extends", text)
-                    .found(format!("{parent} as a third ancestor"))
-                    .expected("at most two, so that a template can be read"));
+                    .found(format!("{parent} as ancestor number {}", most + 1))
+                    .expected(format!("at most {most}, so that a template can be read")));
             }
             let mut table = parse_file(parent, text)?;
             table.remove("model_type");
@@ -125,6 +128,46 @@ impl Template {
         let summary = text.lines().take_while(|line| line.starts_with('#'));
         let summary = summary.map(|line| line.trim_start_matches(['#', ' '])).collect::<Vec<_>>().join(" ");
         Ok(Self { name: name.to_owned(), model_types, summary, ancestors, tables, tensors, sources })
+    }
+
+    /// Its tables, merged with all that it inherits; `[tensors]` stand in [`Template::tensor_rules`].
+    pub fn merged(&self) -> &Table {
+        &self.tables
+    }
+
+    /// `[tensors]` of each file, the template's own first.
+    pub fn tensor_rules(&self) -> &[Table] {
+        &self.tensors
+    }
+
+    /// The merged template as TOML, with the file that each inherited value comes from behind it.
+    pub fn annotated(&self) -> String {
+        let types = self.model_types.iter().cloned().map(Value::String).collect();
+        let mut text = format!("# {}\nmodel_type = {}\n", self.summary, Value::Array(types));
+        let files: Vec<(&str, Table)> =
+            self.sources.iter().map(|(name, text)| (name.as_str(), text.parse().unwrap_or_default())).collect();
+        let origin = |table: &str, key: &str| {
+            let holds = |file: &Table| file.get(table).and_then(|table| table.get(key)).is_some();
+            let found = files.iter().find(|(_, file)| holds(file)).map_or("", |(name, _)| *name);
+            if found == self.name { String::new() } else { format!("  # {found}") }
+        };
+        for name in TABLES.iter().filter(|name| **name != "tensors") {
+            let Some(table) = self.table(name).filter(|table| !table.is_empty()) else { continue };
+            let _ = writeln!(text, "\n[{name}]");
+            for (key, value) in table {
+                let _ = writeln!(text, "{} = {value}{}", quoted_key(key), origin(name, key));
+            }
+        }
+        let mut known = BTreeSet::new();
+        for (key, value) in self.tensors.iter().flatten() {
+            if known.is_empty() {
+                text += "\n[tensors]\n";
+            }
+            if known.insert(key) {
+                let _ = writeln!(text, "{} = {value}{}", quoted_key(key), origin("tensors", key));
+            }
+        }
+        text
     }
 
     /// A table of the template; an empty one if it is not there.
@@ -154,6 +197,12 @@ impl Template {
         self.tensors.iter().for_each(|rules| collect(&Value::Table(rules.clone()), &mut found));
         found
     }
+}
+
+/// A key as TOML wants it.
+pub(crate) fn quoted_key(key: &str) -> String {
+    let bare = !key.is_empty() && key.chars().all(|c| c.is_ascii_alphanumeric() || c == '_' || c == '-');
+    if bare { key.to_owned() } else { Value::String(key.to_owned()).to_string() }
 }
 
 fn file_name(name: &str) -> String {
