@@ -172,8 +172,10 @@ fn projection_words(kind: &str, mut projection: Fields) -> Vec<String> {
     let mut words = Vec::new();
     match kind {
         "separate" => {
-            if projection.flag("bias") {
-                words.push("biases on query, key and value".to_owned());
+            let mut biased = |name: &str| projection.flag(&format!("{name}_bias")).then(|| name.to_owned());
+            let biased: Vec<String> = ["query", "key", "value"].into_iter().filter_map(&mut biased).collect();
+            if !biased.is_empty() {
+                words.push(format!("biases on {}", biased.join(", ")));
             }
         }
         "latent" => {
@@ -302,6 +304,8 @@ fn norms(places: Fields) -> String {
             "attention_output" => "after attention".to_owned(),
             "feed_forward_input" => "before the MLP".to_owned(),
             "feed_forward_output" => "after the MLP".to_owned(),
+            "attention_sum" => "on the residual after attention".to_owned(),
+            "feed_forward_sum" => "on the residual after the MLP".to_owned(),
             other => format!("at {}", other.replace('_', " ")),
         };
         let words = format!("{name} {place}");
@@ -320,8 +324,16 @@ fn norms(places: Fields) -> String {
 fn norm(mut norm: Fields) -> (String, String) {
     let name = norm.text("name").unwrap_or_default();
     let kind = norm.take("kind").and_then(variant).map(|(kind, _)| kind).unwrap_or_default();
-    let mut words = vec![if kind == "rms" { "RMS".to_owned() } else { kind.replace('_', " ") }];
+    let kind = match kind.as_str() {
+        "rms" => "RMS".to_owned(),
+        "layer" => "LayerNorm".to_owned(),
+        other => other.replace('_', " "),
+    };
+    let mut words = vec![kind];
     words.extend(norm.number("eps").map(|eps| format!("eps {}", number(eps))));
+    if !norm.flag("weight") {
+        words.push("no weight".to_owned());
+    }
     if norm.flag("offset") {
         words.push("weights stored less one".to_owned());
     }
