@@ -325,6 +325,9 @@ pub struct Rope {
     pub scaling: RopeScaling,
     /// Multiplier of cosine and sine.
     pub attention_factor: f64,
+    /// Pairs turn the other way, `(a cos + b sin, b cos - a sin)`, as in nanochat.
+    #[serde(default)]
+    pub reversed: bool,
 }
 
 /// Which elements of a head are rotated together.

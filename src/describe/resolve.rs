@@ -14,7 +14,7 @@ use super::template::Template;
 use crate::error::{Code, Error, Result};
 use crate::spec::{
     Activation, Alibi, Attention, Embedding, FeedForward, Groups, Head, Layer, LayerNorms, Mlp, ModelSpec, Moe, Norm,
-    NormKind, NormSpan, OutputGate, PositionScale, Positions, Projection, QkNorm, RopeLayout, Routing, Score,
+    NormKind, NormSpan, OutputGate, PositionScale, Positions, Projection, QkNorm, Rope, RopeLayout, Routing, Score,
     SharedExpert,
 };
 
@@ -207,6 +207,8 @@ struct RopeTable {
     parameters: Value,
     #[serde(default = "yes")]
     enabled: bool,
+    #[serde(default)]
+    reversed: bool,
 }
 
 /// `[moe]`
@@ -279,9 +281,7 @@ const MOST_LAYERS: usize = 4096;
 /// The specification that a template gives a configuration, and its tensor rules.
 pub(super) fn resolve(template: &Template, config: &Map<String, Value>) -> Result<(ModelSpec, TensorRules)> {
     let mut config = config.clone();
-    let theta = template.table("defaults").and_then(|table| table.get("rope_theta"));
-    let theta = theta.and_then(Toml::as_float).map(Value::from);
-    if let Some(rope) = rope::normalise(&config, theta.as_ref()) {
+    if let Some(rope) = rope::normalise(&config, &rope_defaults(template)) {
         config.insert("rope".to_owned(), rope);
     }
     let model_type = config.get("model_type").and_then(Value::as_str).unwrap_or_default().to_owned();
@@ -321,6 +321,14 @@ pub(super) fn resolve(template: &Template, config: &Map<String, Value>) -> Resul
     Ok((spec, rules))
 }
 
+/// The template's defaults of the keys that are part of the normalised `RoPE` parameters.
+fn rope_defaults(template: &Template) -> Map<String, Value> {
+    let defaults = template.table("defaults").into_iter().flatten();
+    let number = |value: &Toml| value.as_float().map(Value::from).or_else(|| value.as_integer().map(Value::from));
+    let of_rope = defaults.filter(|(key, _)| rope::DEFAULTS.contains(&key.as_str()));
+    of_rope.filter_map(|(key, value)| Some((key.clone(), number(value)?))).collect()
+}
+
 fn layer(scope: &Scope, model: &ModelTable) -> Result<Layer> {
     let layer: LayerTable = table(scope, "layer")?;
     let norm: NormTable = table(scope, "norm")?;
@@ -353,7 +361,11 @@ fn attention(scope: &Scope, model: &ModelTable, norm: &NormTable) -> Result<Atte
         None => None,
     };
     let rope = rope.filter(|rope| rope.enabled);
-    let rope = rope.map(|r| rope::rope(r.layout, r.size, &r.parameters, model.context_length)).transpose()?;
+    let resolved = |r: RopeTable| {
+        let rope = rope::rope(r.layout, r.size, &r.parameters, model.context_length)?;
+        Ok::<_, Error>(Rope { reversed: r.reversed, ..rope })
+    };
+    let rope = rope.map(resolved).transpose()?;
     let projection = match t.latent {
         None => Projection::Separate {
             query_bias: t.query_bias.unwrap_or(t.bias),

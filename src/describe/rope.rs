@@ -13,11 +13,14 @@ use crate::spec::{Rope, RopeLayout, RopeScaling};
 /// Keys of a configuration that the normaliser accounts for.
 pub(super) const KEYS: [&str; 4] = ["rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"];
 
+/// Keys whose defaults in a template hold for the parameters too.
+pub(super) const DEFAULTS: [&str; 3] = ["rope_theta", "partial_rotary_factor", "original_max_position_embeddings"];
+
 /// A configuration's `RoPE` parameters in the one form: an object with `rope_type` and `rope_theta`, or an object
 /// of such objects by layer type. `None` if the configuration does not speak of `RoPE`.
-pub(super) fn normalise(config: &Map<String, Value>, default_theta: Option<&Value>) -> Option<Value> {
-    let given = |key: &str| config.get(key).filter(|value| !value.is_null());
-    let theta = given("rope_theta").or(default_theta);
+pub(super) fn normalise(config: &Map<String, Value>, defaults: &Map<String, Value>) -> Option<Value> {
+    let given = |key: &str| config.get(key).filter(|value| !value.is_null()).or_else(|| defaults.get(key));
+    let theta = given("rope_theta");
     let partial = given("partial_rotary_factor");
     let base = given("rope_parameters").or_else(|| given("rope_scaling")).and_then(Value::as_object);
     if base.is_none() && theta.is_none() {
@@ -76,6 +79,12 @@ struct Parameters {
     high_freq_factor: Option<f64>,
     short_factor: Option<Vec<f64>>,
     long_factor: Option<Vec<f64>>,
+    /// Read by templates where it matters.
+    #[serde(rename = "llama_4_scaling_beta")]
+    _llama_4_scaling_beta: Option<f64>,
+    /// Mistral repeats the context here; transformers reads the one outside.
+    #[serde(rename = "max_position_embeddings")]
+    _max_position_embeddings: Option<usize>,
 }
 
 /// The embedding that normalised parameters describe, for heads whose rotated part is `size` before
@@ -140,7 +149,7 @@ pub(super) fn rope(layout: RopeLayout, size: usize, parameters: &Value, context:
                 .expected("default, linear, dynamic, llama3, yarn, longrope or proportional"));
         }
     };
-    Ok(Rope { layout, size, theta: p.rope_theta, scaling, attention_factor })
+    Ok(Rope { layout, size, theta: p.rope_theta, scaling, attention_factor, reversed: false })
 }
 
 fn subject() -> Error {
@@ -189,7 +198,9 @@ mod tests {
     use serde_json::json;
 
     fn normalised(config: &Value) -> Value {
-        normalise(config.as_object().expect("an object"), Some(&json!(10000.0))).expect("parameters")
+        let defaults = json!({"rope_theta": 10000.0});
+        let defaults = defaults.as_object().expect("an object");
+        normalise(config.as_object().expect("an object"), defaults).expect("parameters")
     }
 
     #[test]

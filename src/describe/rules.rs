@@ -1,6 +1,6 @@
 //! Tensor rules: from the names of parameters to the names in a checkpoint.
 //!
-//! `{layer}` stands for a layer's index, `{expert}` in a checkpoint's name for all experts, which are stacked,
+//! `{layer}` stands for a layer's index, `{expert}` or `{head}` in a checkpoint's name for all of them, stacked,
 //! `{beyond}` for an index behind the last layer, `*` for anything. `{q,k,v}` writes a rule for each of its
 //! members, with the member of the same place on the other side.
 
@@ -142,13 +142,13 @@ impl Recipe {
         index: usize,
         sizes: impl Fn(usize) -> Option<Vec<usize>>,
     ) -> std::result::Result<Weight, String> {
-        // A name with {expert} stands for one tensor per expert, stacked.
+        // A name with {expert} or {head} stands for one tensor per expert or head, stacked.
         let source = |name: &String| {
             let name = fill(name, captures);
-            if !name.contains("{expert}") {
+            let Some(many) = ["{expert}", "{head}"].into_iter().find(|many| name.contains(many)) else {
                 return Weight::Source(name);
-            }
-            let each = |expert: usize| Weight::Source(name.replace("{expert}", &expert.to_string()));
+            };
+            let each = |index: usize| Weight::Source(name.replace(many, &index.to_string()));
             Weight::Stack((0..experts).map(each).collect())
         };
         let mut weight = match (&self.tensor, &self.concat, &self.split) {

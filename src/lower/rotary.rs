@@ -27,6 +27,9 @@ impl Lowerer {
                 let factor = self.e.scalar(ElementType::F32, rope.attention_factor);
                 value = self.e.add(Operator::new("Mul"), &[value, factor])?;
             }
+            if rope.reversed && function == "Sin" {
+                value = self.e.add(Operator::new("Neg"), &[value])?;
+            }
             table.push(self.e.cast(value, self.options.element)?);
         }
         Ok(table)
