@@ -35,9 +35,25 @@ pub struct Description {
 
 /// Describes a configuration by a template. Keys that the template does not know must be in `allowed`.
 pub fn describe(template: &Template, config: &Map<String, Value>, allowed: &[String]) -> Result<Description> {
-    let accounting = accounting::account(template, config, allowed)?;
-    let (spec, rules) = resolve::resolve(template, config)?;
+    let mut accounting = accounting::account(template, config, allowed)?;
+    let (config, left_out) = without(config, allowed);
+    accounting.allowed.extend(left_out);
+    let (spec, rules) = resolve::resolve(template, &config)?;
     Ok(Description { spec, rules, accounting })
+}
+
+/// The configuration without the keys of objects (`rope_parameters.odd`) that the user allowed to stay unread, and
+/// those keys.
+fn without(config: &Map<String, Value>, allowed: &[String]) -> (Map<String, Value>, Vec<String>) {
+    let mut config = config.clone();
+    let mut left_out = Vec::new();
+    for name in allowed {
+        let object = name.split_once('.').and_then(|(key, part)| Some((config.get_mut(key)?.as_object_mut()?, part)));
+        if object.is_some_and(|(object, part)| object.remove(part).is_some()) {
+            left_out.push(name.clone());
+        }
+    }
+    (config, left_out)
 }
 
 /// The template for a configuration: the user's own, or the built-in one for its `model_type`.

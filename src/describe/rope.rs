@@ -90,8 +90,11 @@ struct Parameters {
 /// The embedding that normalised parameters describe, for heads whose rotated part is `size` before
 /// `partial_rotary_factor`.
 pub(super) fn rope(layout: RopeLayout, size: usize, parameters: &Value, context: usize) -> Result<Rope> {
-    let p: Parameters = serde_json::from_value(parameters.clone())
-        .map_err(|e| subject().found(e).help("parameters that mean nothing to the rope_type must be removed"))?;
+    let p: Parameters = serde_json::from_value(parameters.clone()).map_err(|e| {
+        subject()
+            .found(e)
+            .help("pass --allow-unused-key rope_parameters.NAME for a parameter that means nothing to the rope_type")
+    })?;
     let whole = size;
     let size = match p.partial_rotary_factor.filter(|_| p.rope_type != "proportional") {
         Some(part) => truncated(size, part),
