@@ -32,11 +32,18 @@ fn slopes(heads: usize, max: f64, rounded: bool) -> Vec<f32> {
 }
 
 impl Lowerer {
-    /// Length of an axis of a graph input, as a scalar.
-    fn length(&mut self, input: &str) -> Result<ValueId> {
-        self.share(&format!("lengths/{input}"), |s| {
+    /// Shape of a graph input, as a tensor.
+    pub(super) fn shape_of(&mut self, input: &str) -> Result<ValueId> {
+        self.share(&format!("lengths/shape_of_{input}"), |s| {
             let input = s.input(input)?;
-            let shape = s.e.add(Operator::new("Shape"), &[input])?;
+            s.e.add(Operator::new("Shape"), &[input])
+        })
+    }
+
+    /// Length of the second axis of a graph input, as a scalar.
+    fn length(&mut self, input: &str) -> Result<ValueId> {
+        let shape = self.shape_of(input)?;
+        self.share(&format!("lengths/{input}"), |s| {
             let axis = s.e.int(1);
             s.e.add(Operator::new("Gather").int("axis", 0), &[shape, axis])
         })

@@ -272,8 +272,8 @@ impl Lowerer {
         let Some(rest) = rest.filter(|_| shape.get(..2) == self.e.shape(ids).get(..2)) else {
             return self.e.reshape(x, shape);
         };
+        let leading = self.shape_of("input_ids")?;
         let sizes = self.share(&format!("token_shape/{rest:?}"), |s| {
-            let leading = s.e.add(Operator::new("Shape"), &[ids])?;
             let rest = s.e.ints(&rest);
             s.e.add(Operator::new("Concat").int("axis", 0), &[leading, rest])
         })?;

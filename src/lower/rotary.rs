@@ -120,9 +120,8 @@ impl Lowerer {
 
     /// Each token's row in such a table: `0 .. B * S` as `[B, S]`
     fn token_rows(&mut self) -> Result<ValueId> {
+        let shape = self.shape_of("input_ids")?;
         self.share("rotary_emb/token_rows", |s| {
-            let ids = s.input("input_ids")?;
-            let shape = s.e.add(Operator::new("Shape"), &[ids])?;
             let (first, second, zero, one) = (s.e.int(0), s.e.int(1), s.e.int(0), s.e.int(1));
             let batch = s.e.add(Operator::new("Gather").int("axis", 0), &[shape, first])?;
             let sequence = s.e.add(Operator::new("Gather").int("axis", 0), &[shape, second])?;
