@@ -81,6 +81,21 @@ pub struct Head {
     /// `tanh(logits / softcap) * softcap`
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub softcap: Option<f64>,
+    /// What the hidden states pass before the projection.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub transform: Option<HeadTransform>,
+}
+
+/// `norm(act(dense(x)))` before the output projection, the head of masked language models (Devlin et al. 2018).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HeadTransform {
+    /// Non-linearity.
+    pub activation: Activation,
+    /// `dense` adds a bias.
+    pub bias: bool,
+    /// The norm behind them.
+    pub norm: Norm,
 }
 
 /// One decoder layer.
@@ -102,6 +117,10 @@ pub struct Layer {
     /// The layer's result is multiplied by a learned scalar, `layer_scalar`.
     #[serde(default)]
     pub scalar: bool,
+    /// Each part is added to its normalised input instead of to what was normalised, as Megatron's
+    /// `apply_residual_connection_post_layernorm` has it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub normed_residual: bool,
 }
 
 /// The norms of a layer, by the place where they stand; an absent one is no norm there.

@@ -36,7 +36,8 @@ fn mlp(b: &mut Builder, spec: &Mlp, x: ValueId) -> Result<ValueId> {
     b.linear("down_proj", inner, hidden, spec.bias)
 }
 
-fn activate(b: &mut Builder, activation: Activation, x: ValueId) -> Result<ValueId> {
+/// A non-linearity, with its slopes if it has learned ones.
+pub(super) fn activate(b: &mut Builder, activation: Activation, x: ValueId) -> Result<ValueId> {
     b.within("act_fn", |b| {
         let mut operands = vec![x];
         if activation == Activation::Xielu {

@@ -75,6 +75,9 @@ pub(super) fn build(
 ) -> Result<(ValueId, ValueId)> {
     let norms = &spec.norms;
     let attended = stream.normed(b, norms.attention_input.as_ref())?;
+    if spec.normed_residual {
+        stream.replace(attended);
+    }
     let (mixed, present) = b.within("self_attn", |b| attention::build(b, &spec.attention, attended, inputs, cache))?;
     let mixed = part(b, spec, norms.attention_output.as_ref(), mixed)?;
     let fed = if spec.parallel {
@@ -88,7 +91,11 @@ pub(super) fn build(
             let normed = stream.normed(b, Some(norm))?;
             stream.replace(normed);
         }
-        stream.normed(b, norms.feed_forward_input.as_ref())?
+        let normed = stream.normed(b, norms.feed_forward_input.as_ref())?;
+        if spec.normed_residual {
+            stream.replace(normed);
+        }
+        normed
     };
     let delta = b.within("mlp", |b| feed_forward::build(b, &spec.feed_forward, fed))?;
     let mut delta = part(b, spec, norms.feed_forward_output.as_ref(), delta)?;

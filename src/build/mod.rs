@@ -15,7 +15,7 @@ pub use op::{AttentionOp, Composite, Kind, Model, MoeOp, NormOp, Parameter};
 
 use crate::error::Result;
 use crate::graph::{Dim, Graph, Symbol, Type, ValueId};
-use crate::spec::{ModelSpec, Norm};
+use crate::spec::{HeadTransform, ModelSpec, Norm};
 use layer::Stream;
 
 /// Which positions' logits a graph computes.
@@ -103,6 +103,10 @@ fn head(b: &mut Builder, spec: &ModelSpec, hidden: ValueId, mask: ValueId, logit
         Some(size) => b.within("model", |b| b.linear("project_out", hidden, size, false))?,
         None => hidden,
     };
+    let hidden = match &spec.head.transform {
+        Some(transform) => b.within("lm_head", |b| transformed(b, transform, hidden))?,
+        None => hidden,
+    };
     let shape = [spec.vocab_size, b.width(hidden)];
     let tied = spec.head.tied.then(|| b.within("model.embed_tokens", |b| b.parameter("weight", shape, Kind::Real)));
     b.within("lm_head", |b| {
@@ -121,6 +125,14 @@ fn head(b: &mut Builder, spec: &ModelSpec, hidden: ValueId, mask: ValueId, logit
         }
         Ok(logits)
     })
+}
+
+/// `norm(act(dense(x)))`
+fn transformed(b: &mut Builder, spec: &HeadTransform, hidden: ValueId) -> Result<ValueId> {
+    let width = b.width(hidden);
+    let hidden = b.linear("dense", hidden, width, spec.bias)?;
+    let hidden = feed_forward::activate(b, spec.activation, hidden)?;
+    b.norm(&spec.norm, hidden)
 }
 
 impl From<&Norm> for NormOp {

@@ -13,9 +13,9 @@ use super::rules::TensorRules;
 use super::template::Template;
 use crate::error::{Code, Error, Result};
 use crate::spec::{
-    Activation, Alibi, Attention, Embedding, FeedForward, Groups, Head, Layer, LayerNorms, Mlp, ModelSpec, Moe, Norm,
-    NormKind, NormSpan, OutputGate, PositionScale, Positions, Projection, QkNorm, Rope, RopeLayout, Routing, Score,
-    SharedExpert,
+    Activation, Alibi, Attention, Embedding, FeedForward, Groups, Head, HeadTransform, Layer, LayerNorms, Mlp,
+    ModelSpec, Moe, Norm, NormKind, NormSpan, OutputGate, PositionScale, Positions, Projection, QkNorm, Rope,
+    RopeLayout, Routing, Score, SharedExpert,
 };
 
 /// `[model]`
@@ -26,6 +26,8 @@ struct ModelTable {
     hidden_size: usize,
     layers: usize,
     context_length: usize,
+    /// What names in a checkpoint begin with, unless it was saved without its head.
+    base_model_prefix: Option<String>,
 }
 
 /// `[norm]`: what norms have in common unless they say otherwise.
@@ -100,6 +102,8 @@ struct LayerTable {
     residual_scale: Option<f64>,
     #[serde(default)]
     scalar: bool,
+    #[serde(default)]
+    normed_residual: bool,
 }
 
 #[derive(Deserialize, PartialEq, Eq)]
@@ -263,6 +267,27 @@ struct SharedTable {
     gate: bool,
 }
 
+/// `[head]`
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct HeadTable {
+    tied: bool,
+    #[serde(default)]
+    bias: bool,
+    scale: Option<f64>,
+    softcap: Option<f64>,
+    transform: Option<HeadTransformTable>,
+}
+
+/// `[head.transform]`
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct HeadTransformTable {
+    activation: Activation,
+    bias: bool,
+    norm: NormEntry,
+}
+
 fn head_span() -> NormSpan {
     NormSpan::Head
 }
@@ -314,10 +339,10 @@ pub(super) fn resolve(template: &Template, config: &Map<String, Value>) -> Resul
         },
         layers,
         final_norm: norm.maybe(places.norms.last.as_ref()),
-        head: table::<Head>(&scope, "head")?,
+        head: head(table(&scope, "head")?, &norm),
     };
     check_sizes(&spec)?;
-    let rules = TensorRules::new(&scope, spec.layers.len())?;
+    let rules = TensorRules::new(&scope, spec.layers.len(), model.base_model_prefix)?;
     Ok((spec, rules))
 }
 
@@ -351,6 +376,7 @@ fn layer(scope: &Scope, model: &ModelTable) -> Result<Layer> {
         parallel: layer.parallel,
         residual_scale: layer.residual_scale,
         scalar: layer.scalar,
+        normed_residual: layer.normed_residual,
     })
 }
 
@@ -411,6 +437,12 @@ fn attention(scope: &Scope, model: &ModelTable, norm: &NormTable) -> Result<Atte
         output_gate: t.output_gate,
         output_norm: norm.maybe(t.output_norm.as_ref()),
     })
+}
+
+fn head(t: HeadTable, norm: &NormTable) -> Head {
+    let transform =
+        t.transform.map(|own| HeadTransform { activation: own.activation, bias: own.bias, norm: norm.at(&own.norm) });
+    Head { tied: t.tied, bias: t.bias, scale: t.scale, softcap: t.softcap, transform }
 }
 
 fn mlp(t: MlpTable, norm: &NormTable) -> Mlp {

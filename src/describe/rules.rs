@@ -1,9 +1,10 @@
 //! Tensor rules: from the names of parameters to the names in a checkpoint.
 //!
 //! `{layer}` stands for a layer's index, `{expert}` or `{head}` in a checkpoint's name for all of them, stacked,
-//! `{beyond}` for an index behind the last layer, `*` for anything. `{q,k,v}` writes a rule for each of its
-//! members, with the member of the same place on the other side.
+//! `{beyond}` for an index behind the last layer, `*` at the end for anything, the same on both sides. `{q,k,v}`
+//! writes a rule for each of its members, with the member of the same place on the other side.
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 
 use serde::Deserialize;
@@ -20,6 +21,8 @@ pub struct TensorRules {
     rules: Vec<Rule>,
     drops: Vec<(String, String)>,
     layers: usize,
+    /// `base_model_prefix` with its dot.
+    base: Option<String>,
 }
 
 /// The ways in which a parameter may be stored, first match first, and what they are made of.
@@ -69,7 +72,7 @@ enum Transform {
 
 impl TensorRules {
     /// The rules of a template for a configuration.
-    pub(super) fn new(scope: &Scope, layers: usize) -> Result<Self> {
+    pub(super) fn new(scope: &Scope, layers: usize, base: Option<String>) -> Result<Self> {
         let template = scope.template();
         let mut rules = Vec::new();
         for (pattern, value) in template.tensors.iter().flatten() {
@@ -85,18 +88,20 @@ impl TensorRules {
                 rules.push(Rule { parameter: parameter.clone(), siblings: members.clone(), index, alternatives });
             }
         }
+        // What names a whole module gives way to what names a parameter, and to what names a smaller module.
+        rules.sort_by_key(|rule| rule.parameter.strip_suffix('*').map(|module| Reverse(module.len())));
         let mut drops = Vec::new();
         for (pattern, reason) in template.table("drop").into_iter().flatten() {
             drops.push((pattern.clone(), reason.as_str().unwrap_or_default().to_owned()));
         }
-        Ok(Self { rules, drops, layers })
+        Ok(Self { rules, drops, layers, base: base.map(|base| format!("{base}.")) })
     }
 
     /// How a parameter may be stored. Without a rule it has its own name in the checkpoint.
     pub fn bind(&self, parameter: &str, shapes: &BTreeMap<String, Vec<usize>>) -> Result<Bound> {
         let matched = self.rules.iter().find_map(|rule| self.matches(&rule.parameter, parameter).map(|c| (rule, c)));
         let Some((rule, captures)) = matched else {
-            return Ok(Bound { alternatives: vec![Weight::source(parameter)] });
+            return Ok(self.bound(vec![Weight::source(parameter)]));
         };
         let alternatives = rule.alternatives.iter().map(|recipe| {
             let sizes = |axis: usize| {
@@ -106,17 +111,36 @@ impl TensorRules {
                 };
                 rule.siblings.iter().map(size).collect::<Option<Vec<usize>>>()
             };
-            let experts = shapes.get(parameter).and_then(|shape| shape.first()).copied().unwrap_or(0);
+            let shape = shapes.get(parameter).map(Vec::as_slice).unwrap_or_default();
             recipe
-                .weight(&captures, experts, rule.index, sizes)
+                .weight(&captures, shape, rule.index, sizes)
                 .map_err(|found| Error::new(Code::TemplateInvalid, format!("tensors.{}", rule.parameter)).found(found))
         });
-        Ok(Bound { alternatives: alternatives.collect::<Result<_>>()? })
+        Ok(self.bound(alternatives.collect::<Result<_>>()?))
+    }
+
+    /// The same ways again without the prefix, for checkpoints that were saved without their head.
+    fn bound(&self, mut alternatives: Vec<Weight>) -> Bound {
+        if let Some(base) = &self.base {
+            let bare = |weight: &Weight| {
+                let source = |name: &str| {
+                    Ok::<_, std::convert::Infallible>(Weight::source(name.strip_prefix(base).unwrap_or(name)))
+                };
+                weight.substitute(&mut { source }).unwrap_or_else(|never| match never {})
+            };
+            let others: Vec<Weight> =
+                alternatives.iter().map(bare).filter(|weight| !alternatives.contains(weight)).collect();
+            alternatives.extend(others);
+        }
+        Bound { alternatives }
     }
 
     /// Why a tensor that nothing takes may be left out.
     pub fn drop_reason(&self, tensor: &str) -> Option<&str> {
-        let found = self.drops.iter().find(|(pattern, _)| self.matches(pattern, tensor).is_some());
+        let whole = self.base.as_ref().map(|base| format!("{base}{tensor}"));
+        let names: Vec<&str> = std::iter::once(tensor).chain(whole.as_deref()).collect();
+        let fits = |pattern: &str| names.iter().any(|name| self.matches(pattern, name).is_some());
+        let found = self.drops.iter().find(|(pattern, _)| fits(pattern));
         found.map(|(_, reason)| reason.as_str())
     }
 
@@ -135,13 +159,20 @@ impl TensorRules {
 }
 
 impl Recipe {
+    /// Where the axis of a split ends up in the parameter.
+    fn parameter_axis(&self, rank: usize) -> usize {
+        let places: Vec<usize> = (0..rank).collect();
+        before(&self.apply, &places).get(self.axis).copied().unwrap_or(self.axis)
+    }
+
     fn weight(
         &self,
         captures: &BTreeMap<String, String>,
-        experts: usize,
+        shape: &[usize],
         index: usize,
         sizes: impl Fn(usize) -> Option<Vec<usize>>,
     ) -> std::result::Result<Weight, String> {
+        let experts = shape.first().copied().unwrap_or(0);
         // A name with {expert} or {head} stands for one tensor per expert or head, stacked.
         let source = |name: &String| {
             let name = fill(name, captures);
@@ -155,7 +186,8 @@ impl Recipe {
             (Some(name), None, None) => source(name),
             (None, Some(names), None) => Weight::Concat(self.axis, names.iter().map(source).collect()),
             (None, None, Some(name)) => {
-                let sizes = sizes(self.axis).ok_or("a split between parameters that this model does not have")?;
+                let sizes = sizes(self.parameter_axis(shape.len()))
+                    .ok_or("a split between parameters that this model does not have")?;
                 let split = Split { axis: self.axis, groups: self.groups.unwrap_or(1), sizes, index };
                 Weight::Split(split, Box::new(source(name)))
             }
@@ -169,6 +201,16 @@ impl Recipe {
         }
         Ok(weight)
     }
+}
+
+/// The shape that transforms turn into another.
+fn before(transforms: &[Transform], shape: &[usize]) -> Vec<usize> {
+    let mut shape = shape.to_vec();
+    let turns = transforms.iter().filter(|transform| matches!(transform, Transform::Transpose)).count();
+    if let ([.., rows, columns], 1) = (shape.as_mut_slice(), turns % 2) {
+        std::mem::swap(rows, columns);
+    }
+    shape
 }
 
 fn recipe(scope: &Scope, template: &Template, path: &str, value: &Toml, index: usize, count: usize) -> Result<Recipe> {
@@ -208,7 +250,10 @@ fn members(pattern: &str) -> Vec<String> {
 }
 
 fn fill(pattern: &str, captures: &BTreeMap<String, String>) -> String {
-    captures.iter().fold(pattern.to_owned(), |name, (key, value)| name.replace(&format!("{{{key}}}"), value))
+    captures.iter().fold(pattern.to_owned(), |name, (key, value)| match key.as_str() {
+        "*" => name.replace('*', value),
+        key => name.replace(&format!("{{{key}}}"), value),
+    })
 }
 
 fn matches(pattern: &str, name: &str, captures: &mut BTreeMap<String, String>) -> bool {
@@ -217,6 +262,7 @@ fn matches(pattern: &str, name: &str, captures: &mut BTreeMap<String, String>) -
     let (literal, rest) = pattern.split_at(at);
     let Some(name) = name.strip_prefix(literal) else { return false };
     if rest.starts_with('*') {
+        captures.insert("*".to_owned(), name.to_owned());
         return true;
     }
     let Some((key, rest)) = rest.get(1..).and_then(|rest| rest.split_once('}')) else { return false };
@@ -243,5 +289,32 @@ mod tests {
         assert!(matches("a.{beyond}.*", "a.61.anything.at.all", &mut BTreeMap::new()));
         assert_eq!(members("m.{q,k}_proj.{layer}"), ["m.q_proj.{layer}", "m.k_proj.{layer}"]);
         assert_eq!(members("plain.{layer}"), ["plain.{layer}"]);
+    }
+
+    fn rules(parameter: &str, recipe: Recipe) -> TensorRules {
+        let siblings = members(parameter);
+        let parameter = siblings[0].clone();
+        let rule = Rule { parameter, siblings, index: 0, alternatives: vec![recipe] };
+        TensorRules { rules: vec![rule], drops: Vec::new(), layers: 2, base: Some("transformer.".to_owned()) }
+    }
+
+    fn recipe_of(value: serde_json::Value) -> Recipe {
+        serde_json::from_value(value).expect("a recipe")
+    }
+
+    #[test]
+    fn a_module_at_once_and_without_its_prefix() {
+        let recipe = recipe_of(serde_json::json!({ "tensor": "transformer.h.{layer}.*" }));
+        let bound = rules("model.layers.{layer}.*", recipe).bind("model.layers.1.ln_1.bias", &BTreeMap::new());
+        let alternatives = bound.expect("a rule").alternatives;
+        assert_eq!(alternatives, [Weight::source("transformer.h.1.ln_1.bias"), Weight::source("h.1.ln_1.bias")]);
+    }
+
+    #[test]
+    fn a_split_that_is_transposed_counts_the_other_axis() {
+        let recipe = recipe_of(serde_json::json!({ "split": "qkv", "axis": 1, "apply": ["transpose"] }));
+        let shapes = ["q", "k"].map(|name| (name.to_owned(), vec![if name == "q" { 6 } else { 2 }, 3])).into();
+        let bound = rules("{q,k}", recipe).bind("q", &shapes).expect("a rule");
+        assert_eq!(bound.alternatives[0].to_string(), "transpose(split(qkv, part 0 of [6, 2]))");
     }
 }
