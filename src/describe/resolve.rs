@@ -358,7 +358,7 @@ fn layer(scope: &Scope, model: &ModelTable) -> Result<Layer> {
     let layer: LayerTable = table(scope, "layer")?;
     let norm: NormTable = table(scope, "norm")?;
     let feed_forward = match layer.feed_forward {
-        FeedForwardKind::Dense => FeedForward::Dense(mlp(table(scope, "mlp")?, &norm)),
+        FeedForwardKind::Dense => FeedForward::Dense(mlp(&table(scope, "mlp")?, &norm)),
         FeedForwardKind::Moe => FeedForward::Moe(Box::new(moe(table(scope, "moe")?, &norm))),
     };
     let places = &layer.norms;
@@ -445,7 +445,7 @@ fn head(t: HeadTable, norm: &NormTable) -> Head {
     Head { tied: t.tied, bias: t.bias, scale: t.scale, softcap: t.softcap, transform }
 }
 
-fn mlp(t: MlpTable, norm: &NormTable) -> Mlp {
+fn mlp(t: &MlpTable, norm: &NormTable) -> Mlp {
     Mlp {
         intermediate_size: t.intermediate_size,
         activation: t.activation,
@@ -457,7 +457,7 @@ fn mlp(t: MlpTable, norm: &NormTable) -> Mlp {
 
 fn moe(t: MoeTable, norm: &NormTable) -> Moe {
     let plain = |intermediate_size, activation, gated, bias| {
-        mlp(MlpTable { intermediate_size, activation, gated, bias, inner_norm: None }, norm)
+        mlp(&MlpTable { intermediate_size, activation, gated, bias, inner_norm: None }, norm)
     };
     Moe {
         experts: t.experts,
@@ -478,7 +478,7 @@ fn moe(t: MoeTable, norm: &NormTable) -> Moe {
             name: shared.name,
             gate: shared.gate,
         }),
-        dense: t.dense.map(|dense| mlp(dense, norm)),
+        dense: t.dense.map(|dense| mlp(&dense, norm)),
     }
 }
 
