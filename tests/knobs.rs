@@ -24,13 +24,15 @@ use rayon::prelude::*;
 use serde_json::{Value, json};
 
 /// Fields that need not move anything: template (`*` for all), field, reason.
-const EXEMPT: [(&str, &str, &str); 5] = [
+const EXEMPT: [(&str, &str, &str); 6] = [
     ("*", "model_type", "a name, for consumers"),
     ("*", "template", "a name, for the record"),
     ("*", "context_length", "only consumers are told of it; RoPE has a length of its own"),
     // The case rotates four pairs, and its ramp begins before the first one whatever these say.
     ("deepseek_v3", "layers.attention.rope.scaling.yarn.beta_fast", "proven by the cases of llama, with eight pairs"),
     ("deepseek_v3", "layers.attention.rope.scaling.yarn.truncate", "proven by the cases of llama, with eight pairs"),
+    // The gate is a squared ReLU: the scale of its input cancels in the norm behind it.
+    ("bitnet", "layers.norms.feed_forward_input.eps", "the scale cancels in the norm before the down-projection"),
 ];
 
 /// A movement of the logits, relative to the largest, below which nothing moved.

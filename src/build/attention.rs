@@ -103,11 +103,12 @@ fn spanned(b: &mut Builder, norm: &Norm, span: NormSpan, x: ValueId, heads: usiz
         }
         NormSpan::EachHead => b.within(&norm.name, |b| {
             let x = by_head(b, x, heads, size)?;
-            let bare = NormOp { weight: false, bias: false, ..NormOp::from(norm) };
+            let bare = NormOp { weight: false, bias: false, offset: false, ..NormOp::from(norm) };
             let mut x = b.emit("Norm", Composite::Norm(bare), &[x])?;
             if norm.weight {
                 let weight = b.parameter("weight", [heads, size], Kind::Real);
-                x = b.emit("Weight", Composite::Multiply, &[x, weight])?;
+                let weighed = b.emit("Weight", Composite::Multiply, &[x, weight])?;
+                x = if norm.offset { b.emit("Offset", Composite::Add, &[weighed, x])? } else { weighed };
             }
             if norm.bias {
                 let bias = b.parameter("bias", [heads, size], Kind::Real);
