@@ -35,7 +35,7 @@ pub(super) fn account(template: &Template, config: &Map<String, Value>, allowed:
     for (key, value) in flat_keys(config, &mentioned) {
         if mentioned.contains(&key) {
             accounting.used.push(key);
-        } else if let Some(reason) = reason(template, &key) {
+        } else if let Some(reason) = reason(template, &key).or_else(|| reason(template, bare(&key))) {
             accounting.without_effect.insert(key, reason);
         } else if allowed.contains(&key) {
             accounting.allowed.push(key);
@@ -60,6 +60,11 @@ fn flat_keys<'c>(config: &'c Map<String, Value>, mentioned: &BTreeSet<String>) -
         }
     }
     keys
+}
+
+/// `dtype` of `attn_config.dtype`: an inner table says the same of itself.
+fn bare(key: &str) -> &str {
+    key.rsplit_once('.').map_or(key, |(_, bare)| bare)
 }
 
 fn reason(template: &Template, key: &str) -> Option<String> {

@@ -65,6 +65,8 @@ struct Recipe {
 enum Transform {
     Transpose,
     AddOne,
+    /// To the parameter's shape, before what follows.
+    Reshape,
 }
 
 impl TensorRules {
@@ -106,9 +108,9 @@ impl TensorRules {
                 };
                 rule.siblings.iter().map(size).collect::<Option<Vec<usize>>>()
             };
-            let experts = shapes.get(parameter).and_then(|shape| shape.first()).copied().unwrap_or(0);
+            let shape = shapes.get(parameter).map(Vec::as_slice).unwrap_or_default();
             recipe
-                .weight(&captures, experts, rule.index, sizes)
+                .weight(&captures, shape, rule.index, sizes)
                 .map_err(|found| Error::new(Code::TemplateInvalid, format!("tensors.{}", rule.parameter)).found(found))
         });
         Ok(Bound { alternatives: alternatives.collect::<Result<_>>()? })
@@ -135,13 +137,20 @@ impl TensorRules {
 }
 
 impl Recipe {
+    /// Where the axis of a split ends up in the parameter.
+    fn parameter_axis(&self, rank: usize) -> usize {
+        let places: Vec<usize> = (0..rank).collect();
+        before(&self.apply, &places).get(self.axis).copied().unwrap_or(self.axis)
+    }
+
     fn weight(
         &self,
         captures: &BTreeMap<String, String>,
-        experts: usize,
+        shape: &[usize],
         index: usize,
         sizes: impl Fn(usize) -> Option<Vec<usize>>,
     ) -> std::result::Result<Weight, String> {
+        let experts = shape.first().copied().unwrap_or(0);
         // A name with {expert} or {head} stands for one tensor per expert or head, stacked.
         let source = |name: &String| {
             let name = fill(name, captures);
@@ -155,20 +164,32 @@ impl Recipe {
             (Some(name), None, None) => source(name),
             (None, Some(names), None) => Weight::Concat(self.axis, names.iter().map(source).collect()),
             (None, None, Some(name)) => {
-                let sizes = sizes(self.axis).ok_or("a split between parameters that this model does not have")?;
+                let sizes = sizes(self.parameter_axis(shape.len())).ok_or("a split between parameters that this model does not have")?;
                 let split = Split { axis: self.axis, groups: self.groups.unwrap_or(1), sizes, index };
                 Weight::Split(split, Box::new(source(name)))
             }
             _ => return Err("one of tensor, concat and split is wanted".to_owned()),
         };
-        for transform in &self.apply {
+        for (i, transform) in self.apply.iter().enumerate() {
+            let rest = self.apply.get(i + 1..).unwrap_or_default();
             weight = match transform {
+                Transform::Reshape => Weight::Reshape(before(rest, shape), Box::new(weight)),
                 Transform::Transpose => Weight::Transpose(Box::new(weight)),
                 Transform::AddOne => Weight::AddOne(Box::new(weight)),
             };
         }
         Ok(weight)
     }
+}
+
+/// The shape that transforms turn into another.
+fn before(transforms: &[Transform], shape: &[usize]) -> Vec<usize> {
+    let mut shape = shape.to_vec();
+    let turns = transforms.iter().filter(|transform| matches!(transform, Transform::Transpose)).count();
+    if let ([.., rows, columns], 1) = (shape.as_mut_slice(), turns % 2) {
+        std::mem::swap(rows, columns);
+    }
+    shape
 }
 
 fn recipe(scope: &Scope, template: &Template, path: &str, value: &Toml, index: usize, count: usize) -> Result<Recipe> {
