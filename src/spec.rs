@@ -261,6 +261,9 @@ pub struct PositionScale {
     pub period: f64,
     /// Added to the position.
     pub offset: f64,
+    /// Padding counts, wherever it stands: transformers counts places in a left-padded batch (`Llama4TextAttention`).
+    #[serde(default)]
+    pub padded: bool,
 }
 
 /// A gate on the output of attention.

@@ -26,7 +26,7 @@ pub(super) fn build(
         Projection::Latent { .. } => latent(b, spec, x, inputs)?,
     };
     if let Some(scale) = spec.position_scale {
-        let scale = b.emit("PositionScale", Composite::PositionScale(scale), &[inputs.position_ids])?;
+        let scale = b.emit("PositionScale", Composite::PositionScale(scale), &[inputs.position_ids, inputs.attention_mask])?;
         query = b.emit("Query", Composite::Multiply, &[query, scale])?;
     }
     let op = AttentionOp {

@@ -147,7 +147,7 @@ pub enum Composite {
         /// Elements per position.
         width: usize,
     },
-    /// positions `[B, S]` -> multiplier of queries, `[B, S, 1]`
+    /// positions `[B, S]`, mask `[B, T]` -> multiplier of queries, `[B, S, 1]`
     PositionScale(PositionScale),
     /// Another shape for the same elements.
     Reshape(Shape),

@@ -185,7 +185,7 @@ impl Lowerer {
             (Composite::Clip(bound), [x]) => self.clip(Some(-bound), Some(*bound), *x),
             (Composite::Shift(offset), [x]) => self.shift(*offset, *x),
             (Composite::Sinusoid { width }, [positions]) => self.sinusoid(*width, *positions),
-            (Composite::PositionScale(scale), [positions]) => self.position_scale(scale, *positions),
+            (Composite::PositionScale(scale), [positions, mask]) => self.position_scale(scale, *positions, *mask),
             (Composite::Reshape(_), [x]) => self.reshape(*x, &result_shape(0)),
             (Composite::Expand(_), [x]) => self.expand(*x, &result_shape(0)),
             (Composite::Concat, parts) => self.e.add(Operator::new("Concat").int("axis", -1), parts),
