@@ -26,7 +26,8 @@ pub(super) fn build(
         Projection::Latent { .. } => latent(b, spec, x, inputs)?,
     };
     if let Some(scale) = spec.position_scale {
-        let scale = b.emit("PositionScale", Composite::PositionScale(scale), &[inputs.position_ids, inputs.attention_mask])?;
+        let scale =
+            b.emit("PositionScale", Composite::PositionScale(scale), &[inputs.position_ids, inputs.attention_mask])?;
         query = b.emit("Query", Composite::Multiply, &[query, scale])?;
     }
     let op = AttentionOp {

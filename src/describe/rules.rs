@@ -164,7 +164,8 @@ impl Recipe {
             (Some(name), None, None) => source(name),
             (None, Some(names), None) => Weight::Concat(self.axis, names.iter().map(source).collect()),
             (None, None, Some(name)) => {
-                let sizes = sizes(self.parameter_axis(shape.len())).ok_or("a split between parameters that this model does not have")?;
+                let sizes = sizes(self.parameter_axis(shape.len()))
+                    .ok_or("a split between parameters that this model does not have")?;
                 let split = Split { axis: self.axis, groups: self.groups.unwrap_or(1), sizes, index };
                 Weight::Split(split, Box::new(source(name)))
             }

@@ -91,12 +91,7 @@ impl Lowerer {
     }
 
     /// `(clamp(up, ±limit) + 1) · g · sigmoid(alpha · g)` with `g = min(gate, limit)`, after `GptOssExperts`.
-    pub(super) fn clamped_swiglu(
-        &mut self,
-        (alpha, limit): (f64, f64),
-        gate: ValueId,
-        up: ValueId,
-    ) -> Result<ValueId> {
+    pub(super) fn clamped_swiglu(&mut self, (alpha, limit): (f64, f64), gate: ValueId, up: ValueId) -> Result<ValueId> {
         let gate = self.clip(None, Some(limit), gate)?;
         let up = self.clip(Some(-limit), Some(limit), up)?;
         let gate = self.swish(gate, alpha)?;

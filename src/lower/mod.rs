@@ -180,7 +180,9 @@ impl Lowerer {
             (Composite::Multiply, [a, b]) => self.e.add(Operator::new("Mul"), &[*a, *b]),
             (Composite::Sigmoid, [x]) => self.e.add(Operator::new("Sigmoid"), &[*x]),
             (Composite::Activate(activation), [x, slopes @ ..]) => self.activate(*activation, *x, slopes),
-            (Composite::ClampedSwiglu { alpha, limit }, [gate, up]) => self.clamped_swiglu((*alpha, *limit), *gate, *up),
+            (Composite::ClampedSwiglu { alpha, limit }, [gate, up]) => {
+                self.clamped_swiglu((*alpha, *limit), *gate, *up)
+            }
             (Composite::Softcap(cap), [x]) => self.softcap(*cap, *x),
             (Composite::Clip(bound), [x]) => self.clip(Some(-bound), Some(*bound), *x),
             (Composite::Shift(offset), [x]) => self.shift(*offset, *x),

@@ -72,9 +72,7 @@ impl Lowerer {
         let mut call = Operator::microsoft("MoE").size("k", op.top_k);
         call = match (op.gated, op.activation) {
             (true, Activation::Silu) => swiglu(call, 1.0, 0.0),
-            (true, Activation::ClampedSwiglu { alpha, limit }) => {
-                swiglu(call, alpha, 1.0).float("swiglu_limit", limit)
-            }
+            (true, Activation::ClampedSwiglu { alpha, limit }) => swiglu(call, alpha, 1.0).float("swiglu_limit", limit),
             (false, Activation::Silu) => call.string("activation_type", "silu"),
             (false, Activation::Relu) => call.string("activation_type", "relu"),
             (gated, other) => {
