@@ -153,7 +153,7 @@ pub(super) fn rope(layout: RopeLayout, size: usize, parameters: &Value, context:
         }
     };
     let attention_factor = p.short_mscale.unwrap_or(attention_factor);
-    let beyond = p.long_mscale.filter(|factor| *factor != attention_factor);
+    let beyond = p.long_mscale.filter(|_| p.long_mscale != p.short_mscale);
     let beyond = beyond.map(|attention_factor| RopeBeyond { length: original_context, attention_factor });
     Ok(Rope { layout, size, theta, scaling, attention_factor, reversed: false, beyond })
 }
