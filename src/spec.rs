@@ -203,7 +203,7 @@ pub struct Attention {
     /// Scores become `tanh(score / softcap) * softcap` before the mask.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub softcap: Option<f64>,
-    /// Queries, keys and values are clamped to plus and minus this.
+    /// Queries, keys and values are clamped to plus and minus this, behind norms that precede the rotation.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub clip: Option<f64>,
     /// Norms on queries and keys.
@@ -280,6 +280,9 @@ pub struct PositionScale {
     pub period: f64,
     /// Added to the position.
     pub offset: f64,
+    /// Padding counts, wherever it stands: transformers counts places in a left-padded batch (`Llama4TextAttention`).
+    #[serde(default)]
+    pub padded: bool,
 }
 
 /// A gate on the output of attention.
@@ -347,6 +350,19 @@ pub struct Rope {
     /// Pairs turn the other way, `(a cos + b sin, b cos - a sin)`, as in nanochat.
     #[serde(default)]
     pub reversed: bool,
+    /// Another multiplier for sequences beyond a length (`PhimoeRotaryEmbedding`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub beyond: Option<RopeBeyond>,
+}
+
+/// What changes beyond a length.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RopeBeyond {
+    /// The longest sequence that is not beyond.
+    pub length: usize,
+    /// Multiplier of cosine and sine.
+    pub attention_factor: f64,
 }
 
 /// Which elements of a head are rotated together.
@@ -447,7 +463,7 @@ pub struct Mlp {
 }
 
 /// Non-linearities, by Hugging Face's names in `hidden_act`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Activation {
     /// `x * sigmoid(x)`.
@@ -470,8 +486,14 @@ pub enum Activation {
     Relu2,
     /// `x * sigmoid(1.702 x)`.
     QuickGelu,
-    /// `x * sigmoid(1.702 x)` of a value clamped to at most 7, times an up-projection clamped to ±7, plus one.
-    ClampedSwiglu,
+    /// `g * sigmoid(alpha g) * (u + 1)` of a gate clamped to at most `limit` and an up-projection clamped to plus and
+    /// minus `limit` (`GptOssExperts`).
+    ClampedSwiglu {
+        /// Steepness of the sigmoid.
+        alpha: f64,
+        /// Where values are cut off.
+        limit: f64,
+    },
     /// Quadratic for positive and exponential for negative values, with two learned slopes, `alpha_p` and `alpha_n`
     /// (Huang 2024).
     Xielu,

@@ -23,6 +23,8 @@ pub enum Weight {
     Interleave(usize, Vec<Weight>),
     /// `1 + x`, computed in float32.
     AddOne(Box<Weight>),
+    /// The same elements in another shape.
+    Reshape(Vec<usize>, Box<Weight>),
 }
 
 /// Which piece [`Weight::Split`] takes. The axis is seen as `groups` blocks, each of which holds one part of
@@ -65,7 +67,9 @@ impl Weight {
             Self::Concat(_, parts) | Self::Stack(parts) | Self::Interleave(_, parts) => {
                 parts.iter().flat_map(Self::sources).collect()
             }
-            Self::Split(_, inner) | Self::Transpose(inner) | Self::AddOne(inner) => inner.sources(),
+            Self::Split(_, inner) | Self::Transpose(inner) | Self::AddOne(inner) | Self::Reshape(_, inner) => {
+                inner.sources()
+            }
         }
     }
 
@@ -81,6 +85,7 @@ impl Weight {
             Self::Split(split, inner) => Self::Split(split.clone(), Box::new(inner.substitute(replace)?)),
             Self::Transpose(inner) => Self::Transpose(Box::new(inner.substitute(replace)?)),
             Self::AddOne(inner) => Self::AddOne(Box::new(inner.substitute(replace)?)),
+            Self::Reshape(shape, inner) => Self::Reshape(shape.clone(), Box::new(inner.substitute(replace)?)),
         })
     }
 
@@ -89,6 +94,13 @@ impl Weight {
         match self {
             Self::Source(name) => of(name).map(<[usize]>::to_vec).ok_or_else(|| format!("there is no {name}")),
             Self::AddOne(inner) => inner.shape(of),
+            Self::Reshape(shape, inner) => {
+                let from = inner.shape(of)?;
+                if from.iter().product::<usize>() != shape.iter().product::<usize>() {
+                    return Err(format!("{inner} is {from:?} and can not be seen as {shape:?}"));
+                }
+                Ok(shape.clone())
+            }
             Self::Transpose(inner) => {
                 let mut shape = inner.shape(of)?;
                 let rank = shape.len();
@@ -183,6 +195,7 @@ impl fmt::Display for Weight {
             }
             Self::Transpose(inner) => write!(f, "transpose({inner})"),
             Self::AddOne(inner) => write!(f, "add_one({inner})"),
+            Self::Reshape(shape, inner) => write!(f, "reshape({inner}, {shape:?})"),
         }
     }
 }

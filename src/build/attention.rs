@@ -26,7 +26,8 @@ pub(super) fn build(
         Projection::Latent { .. } => latent(b, spec, x, inputs)?,
     };
     if let Some(scale) = spec.position_scale {
-        let scale = b.emit("PositionScale", Composite::PositionScale(scale), &[inputs.position_ids])?;
+        let scale =
+            b.emit("PositionScale", Composite::PositionScale(scale), &[inputs.position_ids, inputs.attention_mask])?;
         query = b.emit("Query", Composite::Multiply, &[query, scale])?;
     }
     let op = AttentionOp {
@@ -64,15 +65,15 @@ fn separate(b: &mut Builder, spec: &Attention, x: ValueId, inputs: &Inputs) -> R
     let mut query = b.linear("q_proj", x, spec.heads * spec.key_size, query_bias)?;
     let mut key = b.linear("k_proj", x, spec.kv_heads * spec.key_size, key_bias)?;
     let mut value = b.linear("v_proj", x, spec.kv_heads * spec.value_size, value_bias)?;
-    if let Some(bound) = spec.clip {
-        query = b.emit("ClipQuery", Composite::Clip(bound), &[query])?;
-        key = b.emit("ClipKey", Composite::Clip(bound), &[key])?;
-        value = b.emit("ClipValue", Composite::Clip(bound), &[value])?;
-    }
     let before = spec.qk_norm.as_ref().filter(|norm| !norm.after_rope);
     if let Some(norm) = before {
         query = spanned(b, &norm.query, norm.span, query, spec.heads)?;
         key = spanned(b, &norm.key, norm.span, key, spec.kv_heads)?;
+    }
+    if let Some(bound) = spec.clip {
+        query = b.emit("ClipQuery", Composite::Clip(bound), &[query])?;
+        key = b.emit("ClipKey", Composite::Clip(bound), &[key])?;
+        value = b.emit("ClipValue", Composite::Clip(bound), &[value])?;
     }
     query = rotate(b, "q_rotary", spec.rope.as_ref(), query, spec.heads, inputs.position_ids)?;
     key = rotate(b, "k_rotary", spec.rope.as_ref(), key, spec.kv_heads, inputs.position_ids)?;

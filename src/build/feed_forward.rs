@@ -20,8 +20,8 @@ fn mlp(b: &mut Builder, spec: &Mlp, x: ValueId) -> Result<ValueId> {
     let mut inner = if spec.gated {
         let gate = b.linear("gate_proj", x, spec.intermediate_size, spec.bias)?;
         let up = b.linear("up_proj", x, spec.intermediate_size, spec.bias)?;
-        if spec.activation == Activation::ClampedSwiglu {
-            b.emit("Gated", Composite::ClampedSwiglu, &[gate, up])?
+        if let Activation::ClampedSwiglu { alpha, limit } = spec.activation {
+            b.emit("Gated", Composite::ClampedSwiglu { alpha, limit }, &[gate, up])?
         } else {
             let gate = activate(b, spec.activation, gate)?;
             b.emit("Gated", Composite::Multiply, &[gate, up])?

@@ -129,8 +129,13 @@ pub enum Composite {
     Sigmoid,
     /// Non-linearity; xIELU takes its two learned slopes as further operands.
     Activate(Activation),
-    /// gate, up -> `(up clamped to ±7 + 1) * g * sigmoid(1.702 g)` with the gate clamped to at most 7 (gpt-oss)
-    ClampedSwiglu,
+    /// gate, up -> `(u + 1) * g * sigmoid(alpha g)`, the gate clamped to at most a limit, up to plus and minus it
+    ClampedSwiglu {
+        /// Steepness of the sigmoid.
+        alpha: f64,
+        /// Where values are cut off.
+        limit: f64,
+    },
     /// `tanh(x / cap) * cap`
     Softcap(f64),
     /// Clamped to plus and minus a bound.
@@ -142,7 +147,7 @@ pub enum Composite {
         /// Elements per position.
         width: usize,
     },
-    /// positions `[B, S]` -> multiplier of queries, `[B, S, 1]`
+    /// positions `[B, S]`, mask `[B, T]` -> multiplier of queries, `[B, S, 1]`
     PositionScale(PositionScale),
     /// Another shape for the same elements.
     Reshape(Shape),
@@ -204,7 +209,7 @@ impl Composite {
                 let shape = broadcast(&x.shape, &other.shape).ok_or_else(|| format!("{x} and {other} do not fit"))?;
                 vec![Type::new(x.element, shape)]
             }
-            Self::ClampedSwiglu => {
+            Self::ClampedSwiglu { .. } => {
                 expect_same(x, operand(1)?)?;
                 vec![x.clone()]
             }

@@ -8,7 +8,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use crate::error::{Code, Error, Result};
-use crate::spec::{Rope, RopeLayout, RopeScaling};
+use crate::spec::{Rope, RopeBeyond, RopeLayout, RopeScaling};
 
 /// Keys of a configuration that the normaliser accounts for.
 pub(super) const KEYS: [&str; 4] = ["rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"];
@@ -85,6 +85,8 @@ struct Parameters {
     /// Mistral repeats the context here; transformers reads the one outside.
     #[serde(rename = "max_position_embeddings")]
     _max_position_embeddings: Option<usize>,
+    short_mscale: Option<f64>,
+    long_mscale: Option<f64>,
 }
 
 /// The embedding that normalised parameters describe, for heads whose rotated part is `size` before
@@ -100,9 +102,7 @@ pub(super) fn rope(layout: RopeLayout, size: usize, parameters: &Value, context:
         Some(part) => truncated(size, part),
         None => size,
     };
-    if size < 2 || size % 2 != 0 {
-        return Err(subject().found(format!("{size} rotated elements")).expected("an even number from 2 up"));
-    }
+    let (size, theta) = paired(size, &p)?;
     let required = |name: &str, value: Option<f64>| {
         value.ok_or_else(|| subject().found(format!("no {name} for rope_type {}", p.rope_type)))
     };
@@ -152,7 +152,23 @@ pub(super) fn rope(layout: RopeLayout, size: usize, parameters: &Value, context:
                 .expected("default, linear, dynamic, llama3, yarn, longrope or proportional"));
         }
     };
-    Ok(Rope { layout, size, theta: p.rope_theta, scaling, attention_factor, reversed: false })
+    let attention_factor = p.short_mscale.unwrap_or(attention_factor);
+    let beyond = p.long_mscale.filter(|_| p.long_mscale != p.short_mscale);
+    let beyond = beyond.map(|attention_factor| RopeBeyond { length: original_context, attention_factor });
+    Ok(Rope { layout, size, theta, scaling, attention_factor, reversed: false, beyond })
+}
+
+/// The rotated size and the base. An odd size is rotated as the next even one by transformers, with the exponents of
+/// the odd one: `theta^(-2i / n)` is `(theta^((n + 1) / n))^(-2i / (n + 1))`.
+#[expect(clippy::cast_precision_loss, reason = "sizes are small")]
+fn paired(size: usize, p: &Parameters) -> Result<(usize, f64)> {
+    match (size, size % 2) {
+        (2.., 0) => Ok((size, p.rope_theta)),
+        (1.., 1) if ["default", "linear"].contains(&p.rope_type.as_str()) => {
+            Ok((size + 1, p.rope_theta.powf((size + 1) as f64 / size as f64)))
+        }
+        _ => Err(subject().found(format!("{size} rotated elements")).expected("an even number from 2 up")),
+    }
 }
 
 fn subject() -> Error {

@@ -68,6 +68,8 @@ struct Recipe {
 enum Transform {
     Transpose,
     AddOne,
+    /// To the parameter's shape, before what follows.
+    Reshape,
 }
 
 impl TensorRules {
@@ -193,8 +195,10 @@ impl Recipe {
             }
             _ => return Err("one of tensor, concat and split is wanted".to_owned()),
         };
-        for transform in &self.apply {
+        for (i, transform) in self.apply.iter().enumerate() {
+            let rest = self.apply.get(i + 1..).unwrap_or_default();
             weight = match transform {
+                Transform::Reshape => Weight::Reshape(before(rest, shape), Box::new(weight)),
                 Transform::Transpose => Weight::Transpose(Box::new(weight)),
                 Transform::AddOne => Weight::AddOne(Box::new(weight)),
             };

@@ -90,11 +90,11 @@ impl Lowerer {
         e.add(Operator::new("Add"), &[curve, linear])
     }
 
-    /// `(clamp(up, ±7) + 1) · g · sigmoid(1.702 g)` with `g = min(gate, 7)`, after `GptOssExperts`.
-    pub(super) fn clamped_swiglu(&mut self, gate: ValueId, up: ValueId) -> Result<ValueId> {
-        let gate = self.clip(None, Some(7.0), gate)?;
-        let up = self.clip(Some(-7.0), Some(7.0), up)?;
-        let gate = self.swish(gate, 1.702)?;
+    /// `(clamp(up, ±limit) + 1) · g · sigmoid(alpha · g)` with `g = min(gate, limit)`, after `GptOssExperts`.
+    pub(super) fn clamped_swiglu(&mut self, (alpha, limit): (f64, f64), gate: ValueId, up: ValueId) -> Result<ValueId> {
+        let gate = self.clip(None, Some(limit), gate)?;
+        let up = self.clip(Some(-limit), Some(limit), up)?;
+        let gate = self.swish(gate, alpha)?;
         let one = self.e.scalar(self.e.ty(up).element, 1.0);
         let up = self.e.add(Operator::new("Add"), &[up, one])?;
         self.e.add(Operator::new("Mul"), &[up, gate])

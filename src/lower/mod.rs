@@ -180,12 +180,14 @@ impl Lowerer {
             (Composite::Multiply, [a, b]) => self.e.add(Operator::new("Mul"), &[*a, *b]),
             (Composite::Sigmoid, [x]) => self.e.add(Operator::new("Sigmoid"), &[*x]),
             (Composite::Activate(activation), [x, slopes @ ..]) => self.activate(*activation, *x, slopes),
-            (Composite::ClampedSwiglu, [gate, up]) => self.clamped_swiglu(*gate, *up),
+            (Composite::ClampedSwiglu { alpha, limit }, [gate, up]) => {
+                self.clamped_swiglu((*alpha, *limit), *gate, *up)
+            }
             (Composite::Softcap(cap), [x]) => self.softcap(*cap, *x),
             (Composite::Clip(bound), [x]) => self.clip(Some(-bound), Some(*bound), *x),
             (Composite::Shift(offset), [x]) => self.shift(*offset, *x),
             (Composite::Sinusoid { width }, [positions]) => self.sinusoid(*width, *positions),
-            (Composite::PositionScale(scale), [positions]) => self.position_scale(scale, *positions),
+            (Composite::PositionScale(scale), [positions, mask]) => self.position_scale(scale, *positions, *mask),
             (Composite::Reshape(_), [x]) => self.reshape(*x, &result_shape(0)),
             (Composite::Expand(_), [x]) => self.expand(*x, &result_shape(0)),
             (Composite::Concat, parts) => self.e.add(Operator::new("Concat").int("axis", -1), parts),

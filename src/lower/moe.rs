@@ -72,7 +72,7 @@ impl Lowerer {
         let mut call = Operator::microsoft("MoE").size("k", op.top_k);
         call = match (op.gated, op.activation) {
             (true, Activation::Silu) => swiglu(call, 1.0, 0.0),
-            (true, Activation::ClampedSwiglu) => swiglu(call, 1.702, 1.0).float("swiglu_limit", 7.0),
+            (true, Activation::ClampedSwiglu { alpha, limit }) => swiglu(call, alpha, 1.0).float("swiglu_limit", limit),
             (false, Activation::Silu) => call.string("activation_type", "silu"),
             (false, Activation::Relu) => call.string("activation_type", "relu"),
             (gated, other) => {
@@ -318,8 +318,8 @@ impl Lowerer {
             None => self.activate(op.activation, up, &[])?,
             Some(gate) => {
                 let gate = self.project(model, gate, x)?;
-                if op.activation == Activation::ClampedSwiglu {
-                    self.clamped_swiglu(gate, up)?
+                if let Activation::ClampedSwiglu { alpha, limit } = op.activation {
+                    self.clamped_swiglu((alpha, limit), gate, up)?
                 } else {
                     let gate = self.activate(op.activation, gate, &[])?;
                     self.e.add(Operator::new("Mul"), &[gate, up])?

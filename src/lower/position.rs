@@ -36,9 +36,24 @@ impl Lowerer {
         self.e.cast(table, self.options.element)
     }
 
+    /// Positions plus the padding of each row: `p + T - sum(mask)`
+    fn padded(&mut self, positions: ValueId, mask: ValueId) -> Result<ValueId> {
+        let total = self.total_length()?;
+        // [B, T] -> [B, 1]
+        let kept = self.reduce("ReduceSum", mask, &[-1], true)?;
+        let padding = self.e.add(Operator::new("Sub"), &[total, kept])?;
+        self.e.add(Operator::new("Add"), &[positions, padding])
+    }
+
     /// `1 + c · ln(1 + floor((p + offset) / period))`, `[B, S, 1]`
-    pub(super) fn position_scale(&mut self, scale: &PositionScale, positions: ValueId) -> Result<ValueId> {
+    pub(super) fn position_scale(
+        &mut self,
+        scale: &PositionScale,
+        positions: ValueId,
+        mask: ValueId,
+    ) -> Result<ValueId> {
         self.share(&format!("position_scale/{scale:?}"), |s| {
+            let positions = if scale.padded { s.padded(positions, mask)? } else { positions };
             let x = s.column(positions)?;
             let constant = |s: &mut Self, value| s.e.scalar(ElementType::F32, value);
             let (offset, period) = (constant(s, scale.offset), constant(s, scale.period));

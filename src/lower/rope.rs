@@ -111,7 +111,8 @@ mod tests {
     use crate::spec::RopeLayout;
 
     fn rope(scaling: RopeScaling) -> Rope {
-        Rope { layout: RopeLayout::Half, size: 8, theta: 10000.0, scaling, attention_factor: 1.0, reversed: false }
+        let (layout, attention_factor) = (RopeLayout::Half, 1.0);
+        Rope { layout, size: 8, theta: 10000.0, scaling, attention_factor, reversed: false, beyond: None }
     }
 
     fn fixed(scaling: RopeScaling) -> Vec<f32> {

@@ -13,18 +13,18 @@ use crate::spec::{Rope, RopeLayout};
 impl Lowerer {
     /// Cosine and sine of every position, `[B, S, size / 2]` each.
     pub(super) fn rope_table(&mut self, rope: &Rope, positions: ValueId) -> Result<Vec<ValueId>> {
-        let frequencies = self.frequencies(rope, positions)?;
+        let ids = positions;
+        let frequencies = self.frequencies(rope, ids)?;
         let axis = self.e.ints(&[-1]);
         let positions = self.e.cast(positions, ElementType::F32)?;
         // [B, S] -> [B, S, 1]
         let positions = self.e.add(Operator::new("Unsqueeze"), &[positions, axis])?;
         let angles = self.e.add(Operator::new("Mul"), &[positions, frequencies])?;
+        let factor = self.attention_factor(rope, ids)?;
         let mut table = Vec::new();
         for function in ["Cos", "Sin"] {
             let mut value = self.e.add(Operator::new(function), &[angles])?;
-            #[expect(clippy::float_cmp, reason = "exactly one means that there is nothing to multiply")]
-            if rope.attention_factor != 1.0 {
-                let factor = self.e.scalar(ElementType::F32, rope.attention_factor);
+            if let Some(factor) = factor {
                 value = self.e.add(Operator::new("Mul"), &[value, factor])?;
             }
             if rope.reversed && function == "Sin" {
@@ -33,6 +33,21 @@ impl Lowerer {
             table.push(self.e.cast(value, self.options.element)?);
         }
         Ok(table)
+    }
+
+    /// Multiplier of cosine and sine, if it is not one.
+    fn attention_factor(&mut self, rope: &Rope, ids: ValueId) -> Result<Option<ValueId>> {
+        #[expect(clippy::float_cmp, reason = "exactly one means that there is nothing to multiply")]
+        if rope.attention_factor == 1.0 && rope.beyond.is_none() {
+            return Ok(None);
+        }
+        let within = self.e.scalar(ElementType::F32, rope.attention_factor);
+        let Some(beyond) = rope.beyond else { return Ok(Some(within)) };
+        let length = self.length_of(ids)?;
+        let limit = self.e.scalar(ElementType::F32, float(beyond.length));
+        let longer = self.e.add(Operator::new("Greater"), &[length, limit])?;
+        let factor = self.e.scalar(ElementType::F32, beyond.attention_factor);
+        self.e.add(Operator::new("Where"), &[longer, factor, within]).map(Some)
     }
 
     /// Angles per position, `[size / 2]`. Those that depend on the length take it from the largest position.

@@ -40,6 +40,7 @@ pub fn evaluate<'a, E: From<String>>(
         Weight::Interleave(axis, parts) => interleave(*axis, all(parts, load)?).map_err(E::from),
         Weight::Split(split, inner) => take(split, &evaluate(inner, load)?).map_err(E::from),
         Weight::Transpose(inner) => transpose(&evaluate(inner, load)?).map_err(E::from),
+        Weight::Reshape(shape, inner) => Ok(Tensor { shape: shape.clone(), ..evaluate(inner, load)? }),
         Weight::AddOne(inner) => {
             let tensor = evaluate(inner, load)?;
             let mut values = tensor.to_f32().map_err(E::from)?;
@@ -261,6 +262,10 @@ mod tests {
     fn the_rest() {
         check(&Weight::Transpose(Box::new(a())), &[2, 4], &[0., 2., 4., 6., 1., 3., 5., 7.]);
         check(&Weight::AddOne(Box::new(a())), &[4, 2], &[1., 2., 3., 4., 5., 6., 7., 8.]);
+        let flat = Weight::Reshape(vec![8], Box::new(a()));
+        check(&flat, &[8], &[0., 1., 2., 3., 4., 5., 6., 7.]);
+        let shapes = |_: &str| Some([4, 3].as_slice());
+        assert!(flat.shape(&shapes).is_err(), "the number of elements stays");
     }
 
     #[test]
