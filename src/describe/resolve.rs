@@ -63,6 +63,12 @@ struct ParticularNorm {
 
 impl NormTable {
     fn at(&self, entry: &NormEntry) -> Norm {
+        let norm = self.as_written(entry);
+        // A table's offset is for those of its norms that have a weight.
+        Norm { offset: norm.offset && norm.weight, ..norm }
+    }
+
+    fn as_written(&self, entry: &NormEntry) -> Norm {
         let common = |name: &str| Norm {
             name: name.to_owned(),
             kind: self.kind,
@@ -333,7 +339,7 @@ fn layer(scope: &Scope, model: &ModelTable) -> Result<Layer> {
     let layer: LayerTable = table(scope, "layer")?;
     let norm: NormTable = table(scope, "norm")?;
     let feed_forward = match layer.feed_forward {
-        FeedForwardKind::Dense => FeedForward::Dense(mlp(table(scope, "mlp")?, &norm)),
+        FeedForwardKind::Dense => FeedForward::Dense(mlp(&table(scope, "mlp")?, &norm)),
         FeedForwardKind::Moe => FeedForward::Moe(Box::new(moe(table(scope, "moe")?, &norm))),
     };
     let places = &layer.norms;
@@ -413,7 +419,7 @@ fn attention(scope: &Scope, model: &ModelTable, norm: &NormTable) -> Result<Atte
     })
 }
 
-fn mlp(t: MlpTable, norm: &NormTable) -> Mlp {
+fn mlp(t: &MlpTable, norm: &NormTable) -> Mlp {
     Mlp {
         intermediate_size: t.intermediate_size,
         activation: t.activation,
@@ -425,7 +431,7 @@ fn mlp(t: MlpTable, norm: &NormTable) -> Mlp {
 
 fn moe(t: MoeTable, norm: &NormTable) -> Moe {
     let plain = |intermediate_size, activation, gated, bias| {
-        mlp(MlpTable { intermediate_size, activation, gated, bias, inner_norm: None }, norm)
+        mlp(&MlpTable { intermediate_size, activation, gated, bias, inner_norm: None }, norm)
     };
     Moe {
         experts: t.experts,
@@ -446,7 +452,7 @@ fn moe(t: MoeTable, norm: &NormTable) -> Moe {
             name: shared.name,
             gate: shared.gate,
         }),
-        dense: t.dense.map(|dense| mlp(dense, norm)),
+        dense: t.dense.map(|dense| mlp(&dense, norm)),
     }
 }
 

@@ -135,7 +135,7 @@ impl Lowerer {
         let weights = self.e.cast(weights, element)?;
         // [B, N, S, T] -> [B, K, G*S, T]
         let shape = self.e.shape(weights).clone();
-        let (batch, stacked, total) = self.stacked(op, &shape)?;
+        let (batch, stacked, total) = Self::stacked(op, &shape)?;
         let weights = self.reshape_scores(weights, &vec![batch, Dim::from(op.kv_heads), stacked, total])?;
         let mixed = self.e.add(Operator::new("MatMul"), &[weights, value])?;
         let output = self.tokens_first(mixed, op)?;
@@ -143,7 +143,7 @@ impl Lowerer {
     }
 
     /// Batch, stacked query heads, and last axis of `[B, N, S, .]`.
-    fn stacked(&self, op: &AttentionOp, shape: &Shape) -> Result<(Dim, Dim, Dim)> {
+    fn stacked(op: &AttentionOp, shape: &Shape) -> Result<(Dim, Dim, Dim)> {
         let [batch, _, sequence, last] = shape.as_slice() else {
             return Err(Error::new(Code::SpecInvalid, "Attention").found("a query that is not [B, N, S, D]"));
         };
@@ -162,7 +162,7 @@ impl Lowerer {
         let mask = self.whole_mask(op, ElementType::F32)?;
         let element = self.e.ty(query).element;
         let shape = self.e.shape(query).clone();
-        let (batch, stacked, size) = self.stacked(op, &shape)?;
+        let (batch, stacked, size) = Self::stacked(op, &shape)?;
         let total = self.e.shape(key).get(2).cloned().unwrap_or_else(|| Dim::from(1));
         // [B, N, S, D] -> [B, K, G*S, D]
         let query = self.e.reshape(query, &vec![batch.clone(), Dim::from(op.kv_heads), stacked, size])?;
