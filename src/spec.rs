@@ -348,7 +348,7 @@ pub struct Rope {
     /// Multiplier of cosine and sine.
     pub attention_factor: f64,
     /// Pairs turn the other way, `(a cos + b sin, b cos - a sin)`, as in nanochat.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub reversed: bool,
     /// Another multiplier for sequences beyond a length (`PhimoeRotaryEmbedding`).
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -8,7 +8,7 @@
 
 use super::op::{AttentionOp, Composite, Kind};
 use super::{Builder, Inputs, NormOp};
-use crate::error::Result;
+use crate::error::{Code, Error, Result};
 use crate::graph::{Dim, ValueId};
 use crate::spec::{Attention, Norm, NormKind, NormSpan, OutputGate, Projection, Rope};
 
@@ -102,6 +102,9 @@ fn spanned(b: &mut Builder, norm: &Norm, span: NormSpan, x: ValueId, heads: usiz
             let x = b.norm(norm, x)?;
             flat(b, &norm.name, x, width)
         }
+        NormSpan::EachHead if norm.offset => Err(Error::new(Code::SpecInvalid, &norm.name)
+            .found("a weight for each head that is stored as its difference from one")
+            .expected("no model has both")),
         NormSpan::EachHead => b.within(&norm.name, |b| {
             let x = by_head(b, x, heads, size)?;
             let bare = NormOp { weight: false, bias: false, offset: false, ..NormOp::from(norm) };

@@ -89,6 +89,7 @@ impl Builder {
 
     /// A norm of the current scope.
     pub fn norm(&mut self, norm: &Norm, x: ValueId) -> Result<ValueId> {
+        check(norm)?;
         self.within(&norm.name, |b| {
             let mut operands = vec![x];
             operands.extend(b.norm_parameters(norm, x));
@@ -98,6 +99,7 @@ impl Builder {
 
     /// `residual + delta`, and the norm of that.
     pub fn add_norm(&mut self, norm: &Norm, residual: ValueId, delta: ValueId) -> Result<(ValueId, ValueId)> {
+        check(norm)?;
         self.within(&norm.name, |b| {
             let mut operands = vec![residual, delta];
             operands.extend(b.norm_parameters(norm, residual));
@@ -186,4 +188,12 @@ impl Builder {
         self.ropes.push((rope.clone(), table));
         Ok(table)
     }
+}
+
+/// A weight that is not there is not stored as its difference from one.
+fn check(norm: &Norm) -> Result<()> {
+    if norm.weight || !norm.offset {
+        return Ok(());
+    }
+    Err(Error::new(Code::SpecInvalid, &norm.name).found("an offset").expected("a weight that it is added to"))
 }

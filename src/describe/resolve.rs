@@ -65,6 +65,12 @@ struct ParticularNorm {
 
 impl NormTable {
     fn at(&self, entry: &NormEntry) -> Norm {
+        let norm = self.as_written(entry);
+        // A table's offset is for those of its norms that have a weight.
+        Norm { offset: norm.offset && norm.weight, ..norm }
+    }
+
+    fn as_written(&self, entry: &NormEntry) -> Norm {
         let common = |name: &str| Norm {
             name: name.to_owned(),
             kind: self.kind,
