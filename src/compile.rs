@@ -230,7 +230,7 @@ impl Compiled {
             vocab_size: spec.vocab_size,
             context_length: options.max_length.unwrap_or(spec.context_length).min(spec.context_length),
             hidden_size: spec.hidden_size,
-            layers: spec.layers.len(),
+            layers: spec.layers.iter().filter(|layer| layer.attention.shares.is_none()).count(),
             attention_heads: attention.map_or(0, |a| a.heads),
             kv_heads: attention.map_or(0, |a| a.kv_heads),
             head_size: attention.map_or(0, |a| a.key_size),

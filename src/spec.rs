@@ -5,6 +5,9 @@
 
 use serde::{Deserialize, Serialize};
 
+mod particular;
+pub use particular::{AltUp, Differential, Indexer, Laurel, Mixture, Modules, MoeBranch, PerLayer};
+
 /// A decoder, ready to be built.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -28,6 +31,12 @@ pub struct ModelSpec {
     pub final_norm: Option<Norm>,
     /// From hidden states to logits.
     pub head: Head,
+    /// A second embedding, of which every layer reads its own part.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub per_layer: Option<PerLayer>,
+    /// Several residual streams, of which a layer computes on one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub altup: Option<AltUp>,
 }
 
 /// Token embedding.
@@ -121,6 +130,18 @@ pub struct Layer {
     /// `apply_residual_connection_post_layernorm` has it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub normed_residual: bool,
+    /// A low-rank path beside attention.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub laurel: Option<Laurel>,
+    /// Experts beside the dense feed-forward part.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub branch: Option<Box<MoeBranch>>,
+    /// Experts that read what the feed-forward part reads and are added behind the next layer (`LongCat`'s shortcut).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shortcut: Option<Box<Moe>>,
+    /// Where the checkpoint holds the layer, if not at its own index.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub modules: Option<Modules>,
 }
 
 /// The norms of a layer, by the place where they stand; an absent one is no norm there.
@@ -230,6 +251,21 @@ pub struct Attention {
     /// A norm between attention and the output projection.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub output_norm: Option<Norm>,
+    /// Keys, values and their cache are this layer's, which comes before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shares: Option<usize>,
+    /// The projection to keys is also that to values, before norms and rotation.
+    #[serde(default)]
+    pub keys_as_values: bool,
+    /// Half of the heads are subtracted from the others.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub differential: Option<Differential>,
+    /// Query and output projections are experts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mixture: Option<Mixture>,
+    /// A query sees only the keys that an indexer chooses.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub indexer: Option<Indexer>,
 }
 
 /// Norms on queries and keys.
@@ -460,6 +496,9 @@ pub struct Mlp {
     /// A norm on the input of the down-projection.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub inner_norm: Option<Norm>,
+    /// About this share of the gate's elements becomes zero: `relu(x − mean − std · Φ⁻¹(share))` (Gemma 3n).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sparsity: Option<f64>,
 }
 
 /// Non-linearities, by Hugging Face's names in `hidden_act`.
@@ -519,6 +558,9 @@ pub struct Moe {
     /// A dense MLP beside the experts reads the same input and is added.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dense: Option<Mlp>,
+    /// A bias is added to the sum of the experts.
+    #[serde(default)]
+    pub output_bias: bool,
 }
 
 /// From the hidden states to the chosen experts and their weights.
@@ -541,6 +583,15 @@ pub struct Routing {
     /// That many more experts hand their input on; the router may choose them.
     #[serde(default)]
     pub identity_experts: usize,
+    /// A norm on what the router reads.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub norm: Option<Norm>,
+    /// Multiplier of what the router reads.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub input_scale: Option<f64>,
+    /// Each expert's weight is multiplied by a learned `per_expert_scale`.
+    #[serde(default)]
+    pub expert_scale: bool,
 }
 
 /// From a router's logits to scores.

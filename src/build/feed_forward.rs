@@ -10,7 +10,7 @@ use crate::spec::{Activation, FeedForward, Mlp, Moe, SharedExpert};
 pub(super) fn build(b: &mut Builder, spec: &FeedForward, x: ValueId) -> Result<ValueId> {
     match spec {
         FeedForward::Dense(spec) => mlp(b, spec, x),
-        FeedForward::Moe(spec) => moe(b, spec, x),
+        FeedForward::Moe(spec) => moe(b, spec, x, x),
     }
 }
 
@@ -23,6 +23,7 @@ fn mlp(b: &mut Builder, spec: &Mlp, x: ValueId) -> Result<ValueId> {
         if let Activation::ClampedSwiglu { alpha, limit } = spec.activation {
             b.emit("Gated", Composite::ClampedSwiglu { alpha, limit }, &[gate, up])?
         } else {
+            let gate = sparse(b, spec, gate)?;
             let gate = activate(b, spec.activation, gate)?;
             b.emit("Gated", Composite::Multiply, &[gate, up])?
         }
@@ -36,6 +37,14 @@ fn mlp(b: &mut Builder, spec: &Mlp, x: ValueId) -> Result<ValueId> {
     b.linear("down_proj", inner, hidden, spec.bias)
 }
 
+/// Zeroes the smaller elements, about the share that is asked for.
+fn sparse(b: &mut Builder, spec: &Mlp, gate: ValueId) -> Result<ValueId> {
+    match spec.sparsity {
+        Some(share) => b.emit("Sparsity", Composite::SparseRelu(share), &[gate]),
+        None => Ok(gate),
+    }
+}
+
 /// A non-linearity, with its slopes if it has learned ones.
 pub(super) fn activate(b: &mut Builder, activation: Activation, x: ValueId) -> Result<ValueId> {
     b.within("act_fn", |b| {
@@ -47,12 +56,15 @@ pub(super) fn activate(b: &mut Builder, activation: Activation, x: ValueId) -> R
     })
 }
 
-/// Routed experts, plus whatever sees every token beside them.
-fn moe(b: &mut Builder, spec: &Moe, x: ValueId) -> Result<ValueId> {
-    let mut operands = vec![x, router(b, spec, x)?];
+/// Routed experts, plus whatever sees every token beside them. The router may read something else than they do.
+pub(super) fn moe(b: &mut Builder, spec: &Moe, x: ValueId, routed: ValueId) -> Result<ValueId> {
+    let mut operands = vec![x, router(b, spec, routed)?];
     if spec.routing.correction_bias {
         let width = spec.experts + spec.routing.identity_experts;
         operands.push(b.within("gate", |b| b.parameter("e_score_correction_bias", [width], Kind::Full)));
+    }
+    if spec.routing.expert_scale {
+        operands.push(b.within("gate", |b| b.parameter("per_expert_scale", [spec.experts], Kind::Full)));
     }
     b.within("experts", |b| experts(b, spec, x, &mut operands));
     let op = MoeOp {
@@ -74,11 +86,21 @@ fn moe(b: &mut Builder, spec: &Moe, x: ValueId) -> Result<ValueId> {
         let dense = mlp(b, dense, x)?;
         y = b.emit("AddDense", Composite::Add, &[y, dense])?;
     }
+    if spec.output_bias {
+        let bias = b.parameter("bias", [b.width(x)], Kind::Real);
+        y = b.emit("AddBias", Composite::Add, &[y, bias])?;
+    }
     Ok(y)
 }
 
 /// The router decides in float32 whatever the computation's type is: a rounded logit chooses another expert.
-fn router(b: &mut Builder, spec: &Moe, x: ValueId) -> Result<ValueId> {
+fn router(b: &mut Builder, spec: &Moe, mut x: ValueId) -> Result<ValueId> {
+    if let Some(norm) = &spec.routing.norm {
+        x = b.within("gate", |b| b.norm(norm, x))?;
+    }
+    if let Some(scale) = spec.routing.input_scale {
+        x = b.within("gate", |b| b.emit("InputScale", Composite::Scale(scale), &[x]))?;
+    }
     let full = b.within("gate", |b| b.emit("Convert", Composite::Convert(Kind::Full), &[x]))?;
     b.linear("gate", full, spec.experts + spec.routing.identity_experts, spec.routing.bias)
 }

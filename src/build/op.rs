@@ -84,6 +84,10 @@ pub struct AttentionOp {
     pub sinks: bool,
     /// Scores fall linearly with distance.
     pub alibi: Option<Alibi>,
+    /// Keys and values are another layer's present ones, all of them, and are not handed on.
+    pub shared: bool,
+    /// Something is added to the scores, `[B, 1, S, T]`, the last operand.
+    pub bias: bool,
 }
 
 /// Routing and running of experts.
@@ -173,11 +177,54 @@ pub enum Composite {
     /// q `[B, S, N*Dk]`, k `[B, S, K*Dk]`, v `[B, S, K*Dv]`, past key `[B, K, P, Dk]` and value, mask `[B, T]`,
     /// sinks `[N]` if it has them -> output `[B, S, N*Dv]`, present key `[B, K, T, Dk]` and value
     Attention(AttentionOp),
-    /// x `[B, S, H]`, router logits `[B, S, E]`, correction bias `[E]` if any, gate `[E, I, H]` if gated,
+    /// x `[B, S, H]`, router logits `[B, S, E]`, correction bias `[E]` if any, scale `[E]` if any, gate `[E, I, H]` if gated,
     /// up `[E, I, H]`, down `[E, H, I]`, each with its bias `[E, .]` behind it if experts have them -> `[B, S, H]`
     Moe(MoeOp),
     /// x `[B, S, H]`, mask `[B, T]` -> the last kept token of each row, `[B, 1, H]`
     LastToken,
+    /// Difference, with broadcasting.
+    Subtract,
+    /// Hyperbolic tangent.
+    Tanh,
+    /// Exponential.
+    Exp,
+    /// Sum over the last axis, which stays.
+    Sum,
+    /// Elements of the last axis from the first to before the second.
+    Slice(usize, usize),
+    /// Product of the matrices of the last two axes.
+    MatMul,
+    /// The axes in another order.
+    Transpose(Vec<usize>),
+    /// `relu(x − mean(x) − std(x) · Φ⁻¹(share))` over the last axis
+    SparseRelu(f64),
+    /// x, reference -> x with the root mean square of the reference; that of x counts as at least `1e-5^(1/2)`
+    MatchMagnitude,
+    /// ids, with those from this number on as 0
+    IdsBelow(usize),
+    /// logits `[B, S, E]` -> which experts the slots take `[B, S, k, E]`, and the softmax of their logits `[B, S, k, 1]`
+    Choose {
+        /// Slots.
+        top_k: usize,
+    },
+    /// x `[B, S, I]`, weight `[E, O, I]` -> every expert's result `[B, S, E, O]`
+    EachExpert,
+    /// x `[B, S, E, I]`, weight `[E, O, I]` -> the sum of the experts' results `[B, S, O]`
+    SumExperts,
+    /// q `[B, S, H*D]`, k `[B, S, D]`, past k `[B, P, D]`, weights `[B, S, H]` -> what is added to the scores
+    /// `[B, 1, S, T]`, present k `[B, T, D]`
+    Index(IndexOp),
+}
+
+/// The choice of keys by an indexer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct IndexOp {
+    /// Query heads.
+    pub heads: usize,
+    /// Size of a head.
+    pub size: usize,
+    /// Keys that stay.
+    pub top_k: usize,
 }
 
 impl Composite {
@@ -239,43 +286,26 @@ impl Composite {
                 let table = per_position(x, rope.size / 2);
                 vec![table.clone(), table]
             }
-            Self::Attention(attention) => attention.infer(operands)?,
+            Self::Attention(attention) => super::infer::attention(attention, operands)?,
             Self::Moe(moe) => {
                 expect_last(operand(1)?, &Dim::from(moe.experts + moe.routing.identity_experts))?;
                 vec![x.clone()]
             }
+            Self::Subtract => Self::Add.infer(operands)?,
+            Self::Tanh | Self::Exp | Self::SparseRelu(_) | Self::MatchMagnitude | Self::IdsBelow(_) => vec![x.clone()],
+            Self::Sum
+            | Self::Slice(..)
+            | Self::MatMul
+            | Self::Transpose(_)
+            | Self::Choose { .. }
+            | Self::EachExpert
+            | Self::SumExperts
+            | Self::Index(_) => super::infer::infer(self, operands)?,
             Self::LastToken => match x.shape.as_slice() {
                 [batch, _, hidden] => vec![Type::new(x.element, [batch.clone(), Dim::from(1), hidden.clone()])],
                 _ => return Err(format!("{x} is not [batch, sequence, hidden]")),
             },
         })
-    }
-}
-
-impl AttentionOp {
-    fn infer(&self, operands: &[&Type<Kind>]) -> Result<Vec<Type<Kind>>, String> {
-        let [query, key, value, past_key, past_value, mask, rest @ ..] = operands else {
-            return Err(format!("expected at least 6 operands, found {}", operands.len()));
-        };
-        if rest.len() != usize::from(self.sinks) {
-            return Err(format!("{} operands behind the mask", rest.len()));
-        }
-        expect_last(query, &Dim::from(self.heads * self.key_size))?;
-        expect_last(key, &Dim::from(self.kv_heads * self.key_size))?;
-        expect_last(value, &Dim::from(self.kv_heads * self.value_size))?;
-        let total = last(mask)?;
-        let present = |past: &Type<Kind>| {
-            let mut shape = past.shape.clone();
-            if let Some(length) = shape.get_mut(2) {
-                *length = total.clone();
-            }
-            Type::new(past.element, shape)
-        };
-        let mut output = query.shape.clone();
-        if let Some(width) = output.last_mut() {
-            *width = Dim::from(self.heads * self.value_size);
-        }
-        Ok(vec![Type::new(Kind::Real, output), present(past_key), present(past_value)])
     }
 }
 
@@ -292,7 +322,7 @@ fn per_position(positions: &Type<Kind>, width: usize) -> Type<Kind> {
     Type::new(Kind::Real, shape)
 }
 
-fn last(ty: &Type<Kind>) -> Result<&Dim, String> {
+pub(super) fn last(ty: &Type<Kind>) -> Result<&Dim, String> {
     ty.shape.last().ok_or_else(|| format!("{ty} has no axis"))
 }
 
@@ -329,7 +359,7 @@ fn expect_same(a: &Type<Kind>, b: &Type<Kind>) -> Result<(), String> {
     if a == b { Ok(()) } else { Err(format!("{a} and {b} should be of one type")) }
 }
 
-fn expect_last(ty: &Type<Kind>, expected: &Dim) -> Result<(), String> {
+pub(super) fn expect_last(ty: &Type<Kind>, expected: &Dim) -> Result<(), String> {
     let found = last(ty)?;
     if found == expected { Ok(()) } else { Err(format!("the last axis of {ty} should be {expected}")) }
 }

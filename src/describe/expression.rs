@@ -108,6 +108,9 @@ fn environment() -> &'static Environment<'static> {
         let mut environment = Environment::new();
         environment.set_undefined_behavior(UndefinedBehavior::Strict);
         environment.add_function("log", f64::ln);
+        environment.add_function("exp", f64::exp);
+        environment
+            .add_function("last_index", |list: Vec<String>, item: String| list.iter().rposition(|own| *own == item));
         environment
     })
 }

@@ -5,6 +5,7 @@
 
 mod accounting;
 mod expression;
+mod particular;
 mod resolve;
 mod rope;
 mod rules;

@@ -8,14 +8,15 @@ use serde_json::{Map, Value};
 use toml::Value as Toml;
 
 use super::expression::Scope;
+use super::particular::{self, BranchTable, LaurelTable};
 use super::rope;
 use super::rules::TensorRules;
 use super::template::Template;
 use crate::error::{Code, Error, Result};
 use crate::spec::{
-    Activation, Alibi, Attention, Embedding, FeedForward, Groups, Head, HeadTransform, Layer, LayerNorms, Mlp,
-    ModelSpec, Moe, Norm, NormKind, NormSpan, OutputGate, PositionScale, Positions, Projection, QkNorm, Rope,
-    RopeLayout, Routing, Score, SharedExpert,
+    Activation, Alibi, Attention, Differential, Embedding, FeedForward, Groups, Head, HeadTransform, Indexer, Layer, LayerNorms,
+    Mixture, Mlp, ModelSpec, Modules, Moe, Norm, NormKind, NormSpan, OutputGate, PositionScale, Positions, Projection,
+    QkNorm, Rope, RopeLayout, Routing, Score, SharedExpert,
 };
 
 /// `[model]`
@@ -33,7 +34,7 @@ struct ModelTable {
 /// `[norm]`: what norms have in common unless they say otherwise.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct NormTable {
+pub(super) struct NormTable {
     kind: NormKind,
     eps: f64,
     #[serde(default = "yes")]
@@ -47,14 +48,14 @@ struct NormTable {
 /// A norm where it stands: the name of its module, or that and what is particular to it.
 #[derive(Deserialize)]
 #[serde(untagged)]
-enum NormEntry {
+pub(super) enum NormEntry {
     Name(String),
     Particular(ParticularNorm),
 }
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct ParticularNorm {
+pub(super) struct ParticularNorm {
     name: String,
     kind: Option<NormKind>,
     eps: Option<f64>,
@@ -64,7 +65,7 @@ struct ParticularNorm {
 }
 
 impl NormTable {
-    fn at(&self, entry: &NormEntry) -> Norm {
+    pub(super) fn at(&self, entry: &NormEntry) -> Norm {
         let norm = self.as_written(entry);
         // A table's offset is for those of its norms that have a weight.
         Norm { offset: norm.offset && norm.weight, ..norm }
@@ -110,6 +111,11 @@ struct LayerTable {
     scalar: bool,
     #[serde(default)]
     normed_residual: bool,
+    laurel: Option<LaurelTable>,
+    branch: Option<BranchTable>,
+    #[serde(default)]
+    shortcut: bool,
+    modules: Option<Modules>,
 }
 
 #[derive(Deserialize, PartialEq, Eq)]
@@ -171,6 +177,12 @@ struct AttentionTable {
     output_gate: Option<OutputGate>,
     output_norm: Option<NormEntry>,
     latent: Option<LatentTable>,
+    shares: Option<usize>,
+    #[serde(default)]
+    keys_as_values: bool,
+    differential: Option<Differential>,
+    mixture: Option<Mixture>,
+    indexer: Option<Indexer>,
 }
 
 /// `[attention.qk_norm]`
@@ -206,6 +218,7 @@ struct MlpTable {
     gated: bool,
     bias: bool,
     inner_norm: Option<NormEntry>,
+    sparsity: Option<f64>,
 }
 
 /// `[rope]`
@@ -238,6 +251,8 @@ struct MoeTable {
     routing: RoutingTable,
     shared: Option<SharedTable>,
     dense: Option<MlpTable>,
+    #[serde(default)]
+    output_bias: bool,
 }
 
 /// `[moe.routing]`
@@ -256,6 +271,10 @@ struct RoutingTable {
     scale: f64,
     #[serde(default)]
     identity_experts: usize,
+    norm: Option<NormEntry>,
+    input_scale: Option<f64>,
+    #[serde(default)]
+    expert_scale: bool,
 }
 
 /// `[moe.shared]`
@@ -346,6 +365,8 @@ pub(super) fn resolve(template: &Template, config: &Map<String, Value>) -> Resul
         layers,
         final_norm: norm.maybe(places.norms.last.as_ref()),
         head: head(table(&scope, "head")?, &norm),
+        per_layer: particular::per_layer(&scope, &norm)?,
+        altup: particular::altup(&scope, &norm)?,
     };
     check_sizes(&spec)?;
     let rules = TensorRules::new(&scope, spec.layers.len(), model.base_model_prefix)?;
@@ -367,6 +388,8 @@ fn layer(scope: &Scope, model: &ModelTable) -> Result<Layer> {
         FeedForwardKind::Dense => FeedForward::Dense(mlp(&table(scope, "mlp")?, &norm)),
         FeedForwardKind::Moe => FeedForward::Moe(Box::new(moe(table(scope, "moe")?, &norm))),
     };
+    let branch = layer.branch.map(|own| Ok(Box::new(own.branch(&norm, moe(table(scope, "moe")?, &norm)))));
+    let shortcut = layer.shortcut.then(|| Ok(Box::new(moe(table(scope, "moe")?, &norm))));
     let places = &layer.norms;
     Ok(Layer {
         attention: attention(scope, model, &norm)?,
@@ -383,6 +406,10 @@ fn layer(scope: &Scope, model: &ModelTable) -> Result<Layer> {
         residual_scale: layer.residual_scale,
         scalar: layer.scalar,
         normed_residual: layer.normed_residual,
+        laurel: layer.laurel.map(|own| own.laurel(&norm)),
+        branch: branch.transpose()?,
+        shortcut: shortcut.transpose()?,
+        modules: layer.modules,
     })
 }
 
@@ -442,6 +469,11 @@ fn attention(scope: &Scope, model: &ModelTable, norm: &NormTable) -> Result<Atte
         position_scale: t.position_scale,
         output_gate: t.output_gate,
         output_norm: norm.maybe(t.output_norm.as_ref()),
+        shares: t.shares,
+        keys_as_values: t.keys_as_values,
+        differential: t.differential,
+        mixture: t.mixture,
+        indexer: t.indexer,
     })
 }
 
@@ -458,12 +490,13 @@ fn mlp(t: &MlpTable, norm: &NormTable) -> Mlp {
         gated: t.gated,
         bias: t.bias,
         inner_norm: norm.maybe(t.inner_norm.as_ref()),
+        sparsity: t.sparsity.filter(|share| *share > 0.0),
     }
 }
 
 fn moe(t: MoeTable, norm: &NormTable) -> Moe {
     let plain = |intermediate_size, activation, gated, bias| {
-        mlp(&MlpTable { intermediate_size, activation, gated, bias, inner_norm: None }, norm)
+        mlp(&MlpTable { intermediate_size, activation, gated, bias, inner_norm: None, sparsity: None }, norm)
     };
     Moe {
         experts: t.experts,
@@ -477,6 +510,9 @@ fn moe(t: MoeTable, norm: &NormTable) -> Moe {
             normalize: t.routing.normalize,
             scale: t.routing.scale,
             identity_experts: t.routing.identity_experts,
+            norm: norm.maybe(t.routing.norm.as_ref()),
+            input_scale: t.routing.input_scale,
+            expert_scale: t.routing.expert_scale,
         },
         weigh_input: t.weigh_input,
         shared: t.shared.map(|shared| SharedExpert {
@@ -485,11 +521,12 @@ fn moe(t: MoeTable, norm: &NormTable) -> Moe {
             gate: shared.gate,
         }),
         dense: t.dense.map(|dense| mlp(&dense, norm)),
+        output_bias: t.output_bias,
     }
 }
 
 /// Evaluates a table and reads it as its type; what does not fit is an error with file, line and key.
-fn table<T: DeserializeOwned>(scope: &Scope, name: &str) -> Result<T> {
+pub(super) fn table<T: DeserializeOwned>(scope: &Scope, name: &str) -> Result<T> {
     let template = scope.template();
     let raw = template.table(name).ok_or_else(|| template.error(Code::TemplateInvalid, name).found("no such table"))?;
     let value = scope.evaluate(name, &Toml::Table(raw.clone()))?;
@@ -555,11 +592,16 @@ fn check_sizes(spec: &ModelSpec) -> Result<()> {
         if let Some(rope) = a.rope.as_ref().filter(|rope| rope.size > a.key_size) {
             return odd("rope", format!("{} rotated elements of {} in layer {index}", rope.size, a.key_size));
         }
-        if let FeedForward::Moe(moe) = &layer.feed_forward {
+        let own = match &layer.feed_forward {
+            FeedForward::Dense(_) => None,
+            FeedForward::Moe(moe) => Some(&**moe),
+        };
+        let branch = layer.branch.as_ref().map(|branch| &branch.moe);
+        for moe in own.into_iter().chain(branch).chain(layer.shortcut.as_deref()) {
             let groups = moe.routing.groups;
             let split =
                 groups.is_none_or(|g| g.count > 0 && moe.experts % g.count == 0 && g.top <= g.count && g.top > 0);
-            if moe.top_k == 0 || moe.top_k > moe.experts || !split {
+            if moe.top_k == 0 || moe.top_k > moe.experts + moe.routing.identity_experts || !split {
                 return odd(
                     "moe",
                     format!("{} of {} experts, groups {groups:?}, in layer {index}", moe.top_k, moe.experts),
@@ -567,5 +609,5 @@ fn check_sizes(spec: &ModelSpec) -> Result<()> {
             }
         }
     }
-    Ok(())
+    particular::check(spec, odd)
 }

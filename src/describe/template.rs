@@ -15,7 +15,7 @@ const BUILT_IN: &[(&str, &str)] = include!(concat!(env!("OUT_DIR"), "/templates.
 const COMMON: &str = "_common";
 
 /// Tables that a template may have, and what they are for.
-const TABLES: [&str; 15] = [
+const TABLES: [&str; 17] = [
     "defaults",
     "let",
     "require",
@@ -31,6 +31,8 @@ const TABLES: [&str; 15] = [
     "head",
     "tensors",
     "drop",
+    "per_layer",
+    "altup",
 ];
 
 /// What an architecture is: merged with all that it inherits, not yet evaluated.

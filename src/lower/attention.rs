@@ -6,28 +6,63 @@ use crate::element::ElementType;
 use crate::error::{Code, Error, Result};
 use crate::graph::{Dim, Shape, ValueId};
 
-/// Query, key, value, past key and past value.
-type Operands = [ValueId; 5];
+/// What an attention reads.
+#[derive(Clone, Copy)]
+struct Operands {
+    query: ValueId,
+    /// New keys and values `[B, S, K*D]`, or all of another layer's `[B, K, T, D]`.
+    key: ValueId,
+    value: ValueId,
+    past: Option<(ValueId, ValueId)>,
+    sinks: Option<ValueId>,
+    /// Added to the scores, `[B, 1, S, T]`
+    bias: Option<ValueId>,
+}
+
+impl Operands {
+    fn new(op: &AttentionOp, operands: &[ValueId]) -> Result<Self> {
+        let mut rest = operands.iter().copied();
+        let mut next = || {
+            let missing = || Error::new(Code::SpecInvalid, "Attention").found(format!("{} operands", operands.len()));
+            rest.next().ok_or_else(missing)
+        };
+        let (query, key, value) = (next()?, next()?, next()?);
+        let past = if op.shared { None } else { Some((next()?, next()?)) };
+        let _mask = next()?;
+        let sinks = if op.sinks { Some(next()?) } else { None };
+        let bias = if op.bias { Some(next()?) } else { None };
+        Ok(Self { query, key, value, past, sinks, bias })
+    }
+}
 
 impl Lowerer {
     pub(super) fn attention(&mut self, op: &AttentionOp, operands: &[ValueId]) -> Result<Vec<ValueId>> {
-        let &[query, key, value, past_key, past_value, _mask, ref sinks @ ..] = operands else {
-            return Err(Error::new(Code::SpecInvalid, "Attention").found(format!("{} operands", operands.len())));
-        };
-        let operands = [query, key, value, past_key, past_value];
-        let sinks = sinks.first().copied();
+        let operands = Operands::new(op, operands)?;
         self.first_form("attention", |s, form| match form {
-            "GroupQueryAttention" => s.group_query_attention(op, operands, sinks),
-            "Attention" if sinks.is_some() => Ok(Form::Refused("the operator has no sinks".to_owned())),
+            "GroupQueryAttention" => s.group_query_attention(op, operands),
+            "Attention" if op.sinks => Ok(Form::Refused("the operator has no sinks".to_owned())),
+            "Attention" if op.shared => s.standard_on_shared(op, operands).map(Form::Done),
             "Attention" => s.standard_attention(op, operands).map(Form::Done),
-            _ => s.attention_spelled_out(op, operands, sinks).map(Form::Done),
+            _ => s.attention_spelled_out(op, operands).map(Form::Done),
         })
     }
 
     /// All that is added to the scores.
-    fn whole_mask(&mut self, op: &AttentionOp, element: ElementType) -> Result<ValueId> {
+    fn whole_mask(&mut self, op: &AttentionOp, bias: Option<ValueId>, element: ElementType) -> Result<ValueId> {
         let mask = self.score_mask(op, element)?;
-        self.with_alibi(op, mask, element)
+        let mask = self.with_alibi(op, mask, element)?;
+        self.with_bias(mask, bias, element)
+    }
+
+    /// A mask, and what an indexer adds to it; the layers that share an indexer share the sum.
+    fn with_bias(&mut self, mask: ValueId, bias: Option<ValueId>, element: ElementType) -> Result<ValueId> {
+        let Some(bias) = bias else { return Ok(mask) };
+        let name = |s: &Self, id| s.e.graph.value(id).name.clone();
+        let key = format!("mask/indexed/{}/{}", name(self, mask), name(self, bias));
+        self.share(&key, |s| {
+            let bias = s.e.cast(bias, element)?;
+            s.e.add(Operator::new("Add"), &[mask, bias])
+        })
     }
 
     fn with_alibi(&mut self, op: &AttentionOp, mask: ValueId, element: ElementType) -> Result<ValueId> {
@@ -39,12 +74,10 @@ impl Lowerer {
 
     /// `GroupQueryAttention` of onnxruntime. Its `seqlens_k` is the place of each row's last kept token and the
     /// padding is a bias: measured to be exact for left and right padding and through the cache.
-    fn group_query_attention(
-        &mut self,
-        op: &AttentionOp,
-        operands: Operands,
-        sinks: Option<ValueId>,
-    ) -> Result<Form<Vec<ValueId>>> {
+    fn group_query_attention(&mut self, op: &AttentionOp, operands: Operands) -> Result<Form<Vec<ValueId>>> {
+        let Some((past_key, past_value)) = operands.past else {
+            return Ok(Form::Refused("the operator writes a cache, and this layer reads another's".to_owned()));
+        };
         if op.key_size != op.value_size {
             return Ok(Form::Refused(format!(
                 "key heads of {} and value heads of {} differ",
@@ -54,7 +87,7 @@ impl Lowerer {
         if !op.key_size.is_multiple_of(8) {
             return Ok(Form::Refused(format!("head size {} is not a multiple of 8", op.key_size)));
         }
-        let bias = self.attention_bias(op, self.e.ty(operands[0]).element)?;
+        let bias = self.attention_bias(op, operands.bias, self.e.ty(operands.query).element)?;
         let last = self.last_kept()?;
         let last = self.share("mask/seqlens_k", |s| s.e.cast(last, ElementType::I32))?;
         let total = self.total_length()?;
@@ -71,8 +104,9 @@ impl Lowerer {
         if let Some(cap) = op.softcap {
             call = call.float("softcap", cap);
         }
-        let mut inputs: Vec<Option<ValueId>> = operands.into_iter().map(Some).collect();
-        inputs.extend([Some(last), Some(total), None, None, None, bias, sinks]);
+        let caches = [operands.query, operands.key, operands.value, past_key, past_value];
+        let mut inputs: Vec<Option<ValueId>> = caches.into_iter().map(Some).collect();
+        inputs.extend([Some(last), Some(total), None, None, None, bias, operands.sinks]);
         while inputs.last() == Some(&None) {
             inputs.pop();
         }
@@ -80,9 +114,14 @@ impl Lowerer {
     }
 
     /// What `GroupQueryAttention` is not told by its attributes, `[B, 1 or N, S, T]`.
-    fn attention_bias(&mut self, op: &AttentionOp, element: ElementType) -> Result<Option<ValueId>> {
-        if op.chunk.is_some() {
-            return self.whole_mask(op, element).map(Some);
+    fn attention_bias(
+        &mut self,
+        op: &AttentionOp,
+        bias: Option<ValueId>,
+        element: ElementType,
+    ) -> Result<Option<ValueId>> {
+        if op.chunk.is_some() || bias.is_some() {
+            return self.whole_mask(op, bias, element).map(Some);
         }
         if self.options.padding == Padding::Right && op.alibi.is_none() {
             return Ok(None);
@@ -94,18 +133,24 @@ impl Lowerer {
     /// `Attention` of ONNX 23. All visibility is in an additive float mask: clients differ in how they read
     /// `is_causal` with a cache and boolean masks.
     fn standard_attention(&mut self, op: &AttentionOp, operands: Operands) -> Result<Vec<ValueId>> {
-        let [query, key, value, past_key, past_value] = operands.map(Some);
-        let mask = self.whole_mask(op, self.e.ty(operands[0]).element)?;
-        let mut call = Operator::new("Attention")
-            .size("q_num_heads", op.heads)
-            .size("kv_num_heads", op.kv_heads)
-            .float("scale", op.scale)
-            .int("is_causal", 0);
-        if let Some(cap) = op.softcap {
-            call = call.float("softcap", cap);
-        }
-        let inputs = [query, key, value, Some(mask), past_key, past_value];
+        let mask = self.whole_mask(op, operands.bias, self.e.ty(operands.query).element)?;
+        let call = standard(op).size("q_num_heads", op.heads).size("kv_num_heads", op.kv_heads);
+        let (past_key, past_value) = operands.past.unzip();
+        let inputs = [Some(operands.query), Some(operands.key), Some(operands.value), Some(mask), past_key, past_value];
         Ok(self.e.call(call, &inputs, [true; 3])?.to_vec())
+    }
+
+    /// The same on another layer's keys and values: with four axes the operator takes them as they lie in the cache.
+    fn standard_on_shared(&mut self, op: &AttentionOp, operands: Operands) -> Result<Vec<ValueId>> {
+        let mask = self.whole_mask(op, operands.bias, self.e.ty(operands.query).element)?;
+        let query = self.heads_first(operands.query, op.heads, op.key_size)?;
+        let mixed = self.e.add(standard(op), &[query, operands.key, operands.value, mask])?;
+        // [B, N, S, D] -> [B, S, N, D] -> [B, S, N * D]
+        let mixed = self.e.add(Operator::new("Transpose").ints("perm", &[0, 2, 1, 3]), &[mixed])?;
+        let mut shape = self.e.shape(mixed).clone();
+        shape.truncate(2);
+        shape.push(Dim::from(op.heads * op.value_size));
+        Ok(vec![self.e.reshape(mixed, &shape)?])
     }
 
     /// Attention from matrix products. Query heads that share a key head are stacked along the sequence, so
@@ -116,22 +161,18 @@ impl Lowerer {
     /// k [B, S, K*D] ─ [B, K, S, D] ─ concat past ───┴ scores [B, K, G*S, T] ─ [B, N, S, T] + mask ─ softmax ┐
     /// v [B, S, K*D] ─ [B, K, S, D] ─ concat past ─────────────────────────────────────────────────────────┴ [B, S, N*D]
     /// ```
-    fn attention_spelled_out(
-        &mut self,
-        op: &AttentionOp,
-        operands: Operands,
-        sinks: Option<ValueId>,
-    ) -> Result<Vec<ValueId>> {
-        let [query, key, value, past_key, past_value] = operands;
+    fn attention_spelled_out(&mut self, op: &AttentionOp, operands: Operands) -> Result<Vec<ValueId>> {
+        let Operands { query, mut key, mut value, .. } = operands;
         let element = self.e.ty(query).element;
         let query = self.heads_first(query, op.heads, op.key_size)?;
-        let key = self.heads_first(key, op.kv_heads, op.key_size)?;
-        let value = self.heads_first(value, op.kv_heads, op.value_size)?;
-        let join = || Operator::new("Concat").int("axis", 2);
-        let key = self.e.add(join(), &[past_key, key])?;
-        let value = self.e.add(join(), &[past_value, value])?;
-
-        let weights = self.attention_weights(op, query, key, sinks)?;
+        if let Some((past_key, past_value)) = operands.past {
+            key = self.heads_first(key, op.kv_heads, op.key_size)?;
+            value = self.heads_first(value, op.kv_heads, op.value_size)?;
+            let join = || Operator::new("Concat").int("axis", 2);
+            key = self.e.add(join(), &[past_key, key])?;
+            value = self.e.add(join(), &[past_value, value])?;
+        }
+        let weights = self.attention_weights(op, query, key, &operands)?;
         let weights = self.e.cast(weights, element)?;
         // [B, N, S, T] -> [B, K, G*S, T]
         let shape = self.e.shape(weights).clone();
@@ -139,7 +180,7 @@ impl Lowerer {
         let weights = self.reshape_scores(weights, &vec![batch, Dim::from(op.kv_heads), stacked, total])?;
         let mixed = self.e.add(Operator::new("MatMul"), &[weights, value])?;
         let output = self.tokens_first(mixed, op)?;
-        Ok(vec![output, key, value])
+        Ok(if op.shared { vec![output] } else { vec![output, key, value] })
     }
 
     /// Batch, stacked query heads, and last axis of `[B, N, S, .]`.
@@ -157,9 +198,9 @@ impl Lowerer {
         op: &AttentionOp,
         query: ValueId,
         key: ValueId,
-        sinks: Option<ValueId>,
+        operands: &Operands,
     ) -> Result<ValueId> {
-        let mask = self.whole_mask(op, ElementType::F32)?;
+        let mask = self.whole_mask(op, operands.bias, ElementType::F32)?;
         let element = self.e.ty(query).element;
         let shape = self.e.shape(query).clone();
         let (batch, stacked, size) = Self::stacked(op, &shape)?;
@@ -178,7 +219,7 @@ impl Lowerer {
             scores = self.softcap(cap, scores)?;
         }
         let scores = self.e.add(Operator::new("Add"), &[scores, mask])?;
-        match sinks {
+        match operands.sinks {
             None => self.e.add(Operator::new("Softmax").int("axis", -1), &[scores]),
             Some(sinks) => self.softmax_with_sinks(scores, sinks),
         }
@@ -203,7 +244,7 @@ impl Lowerer {
     }
 
     /// `[B, S, N * D]` -> `[B, N, S, D]`
-    fn heads_first(&mut self, x: ValueId, heads: usize, size: usize) -> Result<ValueId> {
+    pub(super) fn heads_first(&mut self, x: ValueId, heads: usize, size: usize) -> Result<ValueId> {
         let mut shape = self.e.shape(x).clone();
         shape.pop();
         shape.extend([Dim::from(heads), Dim::from(size)]);
@@ -239,5 +280,14 @@ impl Lowerer {
             s.e.add(Operator::new("Concat").int("axis", 0), &[leading, total])
         })?;
         self.e.add(Operator::new("Reshape"), &[x, sizes])
+    }
+}
+
+/// `Attention` of ONNX without what depends on its operands' form.
+fn standard(op: &AttentionOp) -> Operator {
+    let call = Operator::new("Attention").float("scale", op.scale).int("is_causal", 0);
+    match op.softcap {
+        Some(cap) => call.float("softcap", cap),
+        None => call,
     }
 }

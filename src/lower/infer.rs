@@ -331,6 +331,12 @@ fn reduce_axes(op: &Operator, shape: &Shape, axes: &[i64]) -> Result<Shape, Stri
 /// Attention-23 with three-dimensional query, key and value.
 fn attention(op: &Operator, query: Operand, operands: &[Option<Operand>]) -> Result<Vec<Inferred>, String> {
     let get = |i: usize| operands.get(i).copied().flatten().ok_or_else(|| format!("operand {i} is missing"));
+    if query.ty.shape.len() == 4 {
+        // With four axes and no cache: the output has the value's head size.
+        let size = get(2)?.ty.shape.last().cloned().ok_or("a value has four axes")?;
+        let ty = Type::new(query.ty.element, with_axis(&query.ty.shape, -1, size)?);
+        return Ok(vec![Inferred { ty, contents: None }]);
+    }
     let heads = op.get_int("q_num_heads").ok_or("Attention without q_num_heads")?;
     let (past_key, past_value) = (get(4)?.ty, get(5)?.ty);
     let value_size = past_value.shape.last().cloned().ok_or("a cache has four axes")?;

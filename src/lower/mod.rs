@@ -6,7 +6,9 @@
 
 mod activation;
 mod attention;
+mod combination;
 mod emit;
+mod indexer;
 mod infer;
 mod masks;
 mod moe;
@@ -199,9 +201,7 @@ impl Lowerer {
             }
             (Composite::Attention(op), operands) => return self.attention(op, operands),
             (Composite::LastToken, [x, mask]) => self.last_token(*x, *mask),
-            (op, operands) => {
-                Err(Error::new(Code::SpecInvalid, &node.name).found(format!("{} operands of {op}", operands.len())))
-            }
+            (op, operands) => return self.combination(&node.name, op, operands),
         };
         Ok(vec![one?])
     }

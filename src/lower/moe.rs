@@ -20,6 +20,7 @@ struct Operands {
     x: ValueId,
     logits: ValueId,
     correction_bias: Option<ValueId>,
+    expert_scale: Option<ValueId>,
     gate: Option<Projection>,
     up: Projection,
     down: Projection,
@@ -39,11 +40,13 @@ impl Lowerer {
         let mut next = || rest.next().ok_or_else(|| Error::new(Code::SpecInvalid, "Moe").found("too few operands"));
         let (x, logits) = (self.value(model, next()?)?, self.value(model, next()?)?);
         let correction_bias = if op.routing.correction_bias { Some(self.value(model, next()?)?) } else { None };
+        let expert_scale = if op.routing.expert_scale { Some(self.value(model, next()?)?) } else { None };
         let mut projection = || -> Result<Projection> {
             Ok(Projection { weight: next()?, bias: if op.bias { Some(next()?) } else { None } })
         };
         let gate = if op.gated { Some(projection()?) } else { None };
-        let operands = Operands { x, logits, correction_bias, gate, up: projection()?, down: projection()? };
+        let (up, down) = (projection()?, projection()?);
+        let operands = Operands { x, logits, correction_bias, expert_scale, gate, up, down };
         let y = self.first_form("moe", |s, form| match form {
             "MoE" => s.fused_moe(op, model, &operands),
             _ => s.every_expert(op, model, &operands).map(Form::Done),
@@ -68,6 +71,9 @@ impl Lowerer {
     fn fused_moe(&mut self, op: &MoeOp, model: &Graph<Model>, operands: &Operands) -> Result<Form<ValueId>> {
         if op.weigh_input {
             return Ok(Form::Refused("the operator weighs outputs, not inputs".to_owned()));
+        }
+        if op.top_k > op.experts {
+            return Ok(Form::Refused(format!("{} experts of {} with weights", op.top_k, op.experts)));
         }
         let mut call = Operator::microsoft("MoE").size("k", op.top_k);
         call = match (op.gated, op.activation) {
@@ -146,6 +152,7 @@ impl Lowerer {
         #[expect(clippy::float_cmp, reason = "exactly one means that there is nothing to multiply")]
         let plain = routing.score == Score::Softmax
             && !routing.correction_bias
+            && !routing.expert_scale
             && routing.groups.is_none()
             && routing.identity_experts == 0
             && routing.scale == 1.0;
@@ -207,6 +214,10 @@ impl Lowerer {
         #[expect(clippy::float_cmp, reason = "exactly one means that there is nothing to multiply")]
         if routing.scale != 1.0 {
             let scale = self.e.scalar(ElementType::F32, routing.scale);
+            weights = self.e.add(Operator::new("Mul"), &[weights, scale])?;
+        }
+        if let Some(scale) = operands.expert_scale {
+            let scale = self.e.add(Operator::new("Gather").int("axis", 0), &[scale, chosen])?;
             weights = self.e.add(Operator::new("Mul"), &[weights, scale])?;
         }
         Ok((chosen, weights))
@@ -271,20 +282,20 @@ impl Lowerer {
         self.e.reshape(limited, &flat)
     }
 
-    fn top_k(&mut self, x: ValueId, k: usize) -> Result<[ValueId; 2]> {
+    pub(super) fn top_k(&mut self, x: ValueId, k: usize) -> Result<[ValueId; 2]> {
         let count = self.e.ints(&[i64::try_from(k).unwrap_or(i64::MAX)]);
         let call = Operator::new("TopK").int("axis", -1).int("largest", 1).int("sorted", 1);
         self.e.call(call, &[Some(x), Some(count)], [true; 2])
     }
 
     /// A float32 tensor of the shape of `x` with one value everywhere.
-    fn filled_like(&mut self, x: ValueId, value: f64) -> Result<ValueId> {
+    pub(super) fn filled_like(&mut self, x: ValueId, value: f64) -> Result<ValueId> {
         let shape = self.e.add(Operator::new("Shape"), &[x])?;
         let value = self.e.scalar(ElementType::F32, value);
         self.e.add(Operator::new("Expand"), &[value, shape])
     }
 
-    fn tokens(&self, x: ValueId) -> Dim {
+    pub(super) fn tokens(&self, x: ValueId) -> Dim {
         let shape = self.e.shape(x);
         shape.iter().take(shape.len().saturating_sub(1)).fold(Dim::from(1), |tokens, dim| &tokens * dim)
     }
