@@ -566,6 +566,7 @@ pub struct Moe {
 /// From the hidden states to the chosen experts and their weights.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
+#[expect(clippy::struct_excessive_bools, reason = "independent properties of a published architecture")]
 pub struct Routing {
     /// From logits to scores.
     pub score: Score,

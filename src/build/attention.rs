@@ -41,7 +41,8 @@ pub(super) fn build(b: &mut Builder, spec: &Attention, x: ValueId, context: &Con
         Projection::Latent { .. } => latent(b, spec, x, inputs)?,
     };
     if let Some(scale) = spec.position_scale {
-        let scale = b.emit("PositionScale", Composite::PositionScale(scale), &[inputs.position_ids, inputs.attention_mask])?;
+        let scale =
+            b.emit("PositionScale", Composite::PositionScale(scale), &[inputs.position_ids, inputs.attention_mask])?;
         projected.query = b.emit("Query", Composite::Multiply, &[projected.query, scale])?;
     }
     let index = match &spec.indexer {
@@ -93,15 +94,12 @@ fn attend(
         bias: index.is_some(),
     };
     let mut operands = vec![projected.query];
-    match projected.cached {
-        Some((key, value)) => {
-            operands.extend([key, value]);
-            operands.extend(context.pasts.get(..2).ok_or_else(missing)?);
-        }
-        None => {
-            let present = spec.shares.and_then(|layer| context.presents.get(layer)).and_then(|p| p.get(..2));
-            operands.extend(present.ok_or_else(missing)?);
-        }
+    if let Some((key, value)) = projected.cached {
+        operands.extend([key, value]);
+        operands.extend(context.pasts.get(..2).ok_or_else(missing)?);
+    } else {
+        let present = spec.shares.and_then(|layer| context.presents.get(layer)).and_then(|p| p.get(..2));
+        operands.extend(present.ok_or_else(missing)?);
     }
     operands.push(context.inputs.attention_mask);
     if spec.sinks {
@@ -140,10 +138,8 @@ fn keys_and_values(b: &mut Builder, spec: &Attention, x: ValueId, inputs: &Input
     // A value of differential attention is a pair of heads, each of which is projected once.
     let value_size = if spec.differential.is_some() { spec.value_size / 2 } else { spec.value_size };
     let key = b.linear("k_proj", x, spec.kv_heads * spec.key_size, key_bias)?;
-    let mut value = match spec.keys_as_values {
-        true => key,
-        false => b.linear("v_proj", x, spec.kv_heads * value_size, value_bias)?,
-    };
+    let mut value =
+        if spec.keys_as_values { key } else { b.linear("v_proj", x, spec.kv_heads * value_size, value_bias)? };
     let norm = spec.qk_norm.as_ref().map(|norm| (&norm.key, norm.span, norm.after_rope));
     let key = positioned(b, spec, norm, ["ClipKey", "k_rotary"], (key, spec.kv_heads), inputs)?;
     if let Some(bound) = spec.clip {

@@ -1,6 +1,6 @@
 //! Result types of the composite operations whose rule is longer than a line.
 
-use super::op::{AttentionOp, Composite, Kind, expect_last, last};
+use super::op::{AttentionOp, Composite, IndexOp, Kind, expect_last, last};
 use crate::graph::{Dim, Type};
 
 type Types = Result<Vec<Type<Kind>>, String>;
@@ -41,20 +41,18 @@ pub(super) fn infer(op: &Composite, operands: &[&Type<Kind>]) -> Types {
             }
             _ => Err(format!("{x} and {} do not fit", operand(1)?)),
         },
-        Composite::Index(op) => {
-            expect_last(x, &Dim::from(op.heads * op.size))?;
-            expect_last(operand(1)?, &Dim::from(op.size))?;
-            expect_last(operand(3)?, &Dim::from(op.heads))?;
-            match (x.shape.as_slice(), operand(2)?.shape.as_slice()) {
-                ([batch, sequence, _], [_, past, size]) => {
-                    let total = past + sequence;
-                    let bias = [batch.clone(), 1.into(), sequence.clone(), total.clone()];
-                    let present = [batch.clone(), total, size.clone()];
-                    Ok(vec![Type::new(Kind::Real, bias), Type::new(Kind::Real, present)])
-                }
-                _ => Err(format!("{x} and {} do not fit", operand(2)?)),
+        Composite::Index(op) => index(*op, operands),
+        Composite::Rotate { heads, size, .. } => {
+            let head = last(x)?.divided_by(&Dim::from(*heads)).and_then(|d| d.value());
+            if head.is_none_or(|head| usize::try_from(head).is_ok_and(|head| head < *size)) {
+                return Err(format!("{x} has no {heads} heads of at least {size} elements"));
             }
+            Ok(vec![x.clone()])
         }
+        Composite::LastToken => match x.shape.as_slice() {
+            [batch, _, hidden] => Ok(vec![Type::new(x.element, [batch.clone(), Dim::from(1), hidden.clone()])]),
+            _ => Err(format!("{x} is not [batch, sequence, hidden]")),
+        },
         other => Err(format!("the result of {other} is not known")),
     }
 }
@@ -89,6 +87,24 @@ pub(super) fn attention(op: &AttentionOp, operands: &[&Type<Kind>]) -> Types {
         Type::new(past.element, shape)
     };
     Ok(vec![output, present(past_key), present(past_value)])
+}
+
+fn index(op: IndexOp, operands: &[&Type<Kind>]) -> Types {
+    let [query, key, past, weights] = operands else {
+        return Err(format!("{} operands, expected 4", operands.len()));
+    };
+    expect_last(query, &Dim::from(op.heads * op.size))?;
+    expect_last(key, &Dim::from(op.size))?;
+    expect_last(weights, &Dim::from(op.heads))?;
+    match (query.shape.as_slice(), past.shape.as_slice()) {
+        ([batch, sequence, _], [_, before, size]) => {
+            let total = before + sequence;
+            let bias = [batch.clone(), 1.into(), sequence.clone(), total.clone()];
+            let present = [batch.clone(), total, size.clone()];
+            Ok(vec![Type::new(Kind::Real, bias), Type::new(Kind::Real, present)])
+        }
+        _ => Err(format!("{query} and {past} do not fit")),
+    }
 }
 
 fn matmul(a: &Type<Kind>, b: &Type<Kind>) -> Types {

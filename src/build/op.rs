@@ -265,13 +265,6 @@ impl Composite {
             }
             Self::Sinusoid { width } => vec![per_position(x, *width)],
             Self::PositionScale(_) => vec![per_position(x, 1)],
-            Self::Rotate { heads, size, .. } => {
-                let head = last(x)?.divided_by(&Dim::from(*heads)).and_then(|d| d.value());
-                if head.is_none_or(|head| usize::try_from(head).is_ok_and(|head| head < *size)) {
-                    return Err(format!("{x} has no {heads} heads of at least {size} elements"));
-                }
-                vec![x.clone()]
-            }
             Self::Reshape(shape) => {
                 if product(&x.shape) != product(shape) {
                     return Err(format!("{x} can not be reshaped to {}", Type::new(x.element, shape.clone())));
@@ -293,18 +286,7 @@ impl Composite {
             }
             Self::Subtract => Self::Add.infer(operands)?,
             Self::Tanh | Self::Exp | Self::SparseRelu(_) | Self::MatchMagnitude | Self::IdsBelow(_) => vec![x.clone()],
-            Self::Sum
-            | Self::Slice(..)
-            | Self::MatMul
-            | Self::Transpose(_)
-            | Self::Choose { .. }
-            | Self::EachExpert
-            | Self::SumExperts
-            | Self::Index(_) => super::infer::infer(self, operands)?,
-            Self::LastToken => match x.shape.as_slice() {
-                [batch, _, hidden] => vec![Type::new(x.element, [batch.clone(), Dim::from(1), hidden.clone()])],
-                _ => return Err(format!("{x} is not [batch, sequence, hidden]")),
-            },
+            further => super::infer::infer(further, operands)?,
         })
     }
 }

@@ -17,10 +17,7 @@ pub(super) fn embed(b: &mut Builder, spec: &ModelSpec, ids: ValueId, embedded: V
     let Some(own) = &spec.per_layer else { return Ok(None) };
     let (layers, width) = (spec.layers.len(), spec.layers.len() * own.size);
     let tokens = b.within("embed_tokens_per_layer", |b| {
-        let ids = match own.rows < spec.vocab_size {
-            true => b.emit("Ids", Composite::IdsBelow(own.rows), &[ids])?,
-            false => ids,
-        };
+        let ids = if own.rows < spec.vocab_size { b.emit("Ids", Composite::IdsBelow(own.rows), &[ids])? } else { ids };
         let table = b.parameter("weight", [own.rows, width], Kind::Real);
         let tokens = b.emit("Embed", Composite::Embed, &[ids, table])?;
         b.emit("Scale", Composite::Scale(own.token_scale), &[tokens])

@@ -39,13 +39,13 @@ pub(super) struct LaurelTable {
     norm: NormEntry,
 }
 
-/// `[layer.branch]`; its experts are those of `[moe]`.
+/// `[layer.branch]`: the norms of both branches; the experts are those of `[moe]`.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct BranchTable {
-    dense_norm: NormEntry,
-    input_norm: NormEntry,
-    output_norm: NormEntry,
+    dense: NormEntry,
+    input: NormEntry,
+    output: NormEntry,
 }
 
 impl LaurelTable {
@@ -58,9 +58,9 @@ impl BranchTable {
     pub(super) fn branch(&self, norm: &NormTable, moe: Moe) -> MoeBranch {
         MoeBranch {
             moe,
-            dense_norm: norm.at(&self.dense_norm),
-            input_norm: norm.at(&self.input_norm),
-            output_norm: norm.at(&self.output_norm),
+            dense_norm: norm.at(&self.dense),
+            input_norm: norm.at(&self.input),
+            output_norm: norm.at(&self.output),
         }
     }
 }

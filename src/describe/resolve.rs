@@ -14,9 +14,9 @@ use super::rules::TensorRules;
 use super::template::Template;
 use crate::error::{Code, Error, Result};
 use crate::spec::{
-    Activation, Alibi, Attention, Differential, Embedding, FeedForward, Groups, Head, HeadTransform, Indexer, Layer, LayerNorms,
-    Mixture, Mlp, ModelSpec, Modules, Moe, Norm, NormKind, NormSpan, OutputGate, PositionScale, Positions, Projection,
-    QkNorm, Rope, RopeLayout, Routing, Score, SharedExpert,
+    Activation, Alibi, Attention, Differential, Embedding, FeedForward, Groups, Head, HeadTransform, Indexer, Layer,
+    LayerNorms, Mixture, Mlp, ModelSpec, Modules, Moe, Norm, NormKind, NormSpan, OutputGate, PositionScale, Positions,
+    Projection, QkNorm, Rope, RopeLayout, Routing, Score, SharedExpert,
 };
 
 /// `[model]`
@@ -152,6 +152,7 @@ struct EmbeddingTable {
 /// `[attention]`
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
+#[expect(clippy::struct_excessive_bools, reason = "independent choices")]
 struct AttentionTable {
     heads: usize,
     kv_heads: usize,
@@ -237,6 +238,7 @@ struct RopeTable {
 /// `[moe]`
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
+#[expect(clippy::struct_excessive_bools, reason = "independent choices")]
 struct MoeTable {
     experts: usize,
     top_k: usize,
@@ -258,6 +260,7 @@ struct MoeTable {
 /// `[moe.routing]`
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
+#[expect(clippy::struct_excessive_bools, reason = "independent choices")]
 struct RoutingTable {
     score: Score,
     #[serde(default)]
@@ -425,22 +428,7 @@ fn attention(scope: &Scope, model: &ModelTable, norm: &NormTable) -> Result<Atte
         Ok::<_, Error>(Rope { reversed: r.reversed, ..rope })
     };
     let rope = rope.map(resolved).transpose()?;
-    let projection = match t.latent {
-        None => Projection::Separate {
-            query_bias: t.query_bias.unwrap_or(t.bias),
-            key_bias: t.key_bias.unwrap_or(t.bias),
-            value_bias: t.value_bias.unwrap_or(t.bias),
-        },
-        Some(latent) => Projection::Latent {
-            query_rank: latent.query_rank,
-            kv_rank: latent.kv_rank,
-            rope_size: latent.rope_size,
-            bias: t.bias,
-            norm_eps: latent.norm_eps,
-            query_scale: latent.query_scale,
-            kv_scale: latent.kv_scale,
-        },
-    };
+    let projection = projection(&t);
     #[expect(clippy::cast_precision_loss, reason = "head sizes are small")]
     let scale = t.scale.unwrap_or_else(|| (t.head_size as f64).powf(-0.5));
     Ok(Attention {
@@ -481,6 +469,25 @@ fn head(t: HeadTable, norm: &NormTable) -> Head {
     let transform =
         t.transform.map(|own| HeadTransform { activation: own.activation, bias: own.bias, norm: norm.at(&own.norm) });
     Head { tied: t.tied, bias: t.bias, scale: t.scale, softcap: t.softcap, transform }
+}
+
+fn projection(t: &AttentionTable) -> Projection {
+    match &t.latent {
+        None => Projection::Separate {
+            query_bias: t.query_bias.unwrap_or(t.bias),
+            key_bias: t.key_bias.unwrap_or(t.bias),
+            value_bias: t.value_bias.unwrap_or(t.bias),
+        },
+        Some(latent) => Projection::Latent {
+            query_rank: latent.query_rank,
+            kv_rank: latent.kv_rank,
+            rope_size: latent.rope_size,
+            bias: t.bias,
+            norm_eps: latent.norm_eps,
+            query_scale: latent.query_scale,
+            kv_scale: latent.kv_scale,
+        },
+    }
 }
 
 fn mlp(t: &MlpTable, norm: &NormTable) -> Mlp {
