@@ -4,6 +4,7 @@
 //! `layer`; everything else is itself. A template chooses, names and computes scalars; it never wires a graph.
 
 mod accounting;
+mod check;
 mod expression;
 mod particular;
 mod resolve;

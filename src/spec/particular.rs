@@ -118,3 +118,61 @@ pub enum Indexer {
     /// Those that the nearest indexer before this layer chose.
     Previous,
 }
+
+/// Attention with linear biases.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Alibi {
+    /// Exponent range of the slopes, `2^(-max · h / heads)`.
+    pub max: f64,
+    /// Multiplier of the bias.
+    pub scale: f64,
+    /// The biases are rounded to bfloat16, as Falcon does.
+    pub rounded: bool,
+}
+
+/// Queries are multiplied by `1 + coefficient · ln(1 + floor((position + offset) / period))`.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PositionScale {
+    /// Growth.
+    pub coefficient: f64,
+    /// Positions to a step.
+    pub period: f64,
+    /// Added to the position.
+    pub offset: f64,
+    /// Padding counts, wherever it stands: transformers counts places in a left-padded batch (`Llama4TextAttention`).
+    #[serde(default)]
+    pub padded: bool,
+}
+
+/// A gate on the output of attention.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OutputGate {
+    /// Name of the projection, below `self_attn`.
+    pub name: String,
+    /// One gate for each head instead of one for each element.
+    pub per_head: bool,
+    /// The projection adds a bias.
+    #[serde(default)]
+    pub bias: bool,
+}
+
+/// Absolute positions.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Positions {
+    /// A learned table, `embed_positions`.
+    Learned {
+        /// Rows of the table.
+        rows: usize,
+        /// Row of position 0.
+        offset: usize,
+    },
+    /// Sines, then cosines, of frequencies from 1 down to 1/10000 (Vaswani et al. 2017, as fairseq orders them).
+    Sinusoidal {
+        /// Added to a position.
+        offset: usize,
+    },
+}
