@@ -102,6 +102,7 @@ impl NormTable {
 /// `[layer]`
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a key of the table")]
 struct LayerTable {
     feed_forward: FeedForwardKind,
     norms: NormsTable,

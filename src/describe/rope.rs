@@ -103,59 +103,71 @@ pub(super) fn rope(layout: RopeLayout, size: usize, parameters: &Value, context:
         None => size,
     };
     let (size, theta) = paired(size, &p)?;
+    let original_context = p.original_max_position_embeddings.unwrap_or(context);
+    let (scaling, attention_factor) = scaling(&p, (whole, size), context, original_context)?;
+    let attention_factor = p.short_mscale.unwrap_or(attention_factor);
+    let beyond = p.long_mscale.filter(|_| p.long_mscale != p.short_mscale);
+    let beyond = beyond.map(|attention_factor| RopeBeyond { length: original_context, attention_factor });
+    Ok(Rope { layout, size, theta, scaling, attention_factor, reversed: false, beyond })
+}
+
+/// The scaling by its `rope_type`, and the multiplier of cosine and sine. `whole` is the head, `size` its rotated part.
+fn scaling(
+    p: &Parameters,
+    (whole, size): (usize, usize),
+    context: usize,
+    original_context: usize,
+) -> Result<(RopeScaling, f64)> {
     let required = |name: &str, value: Option<f64>| {
         value.ok_or_else(|| subject().found(format!("no {name} for rope_type {}", p.rope_type)))
     };
-    let original_context = p.original_max_position_embeddings.unwrap_or(context);
-    let mut attention_factor = 1.0;
-    let scaling = match p.rope_type.as_str() {
-        "default" | "mrope" => RopeScaling::Default,
-        "linear" => RopeScaling::Linear { factor: required("factor", p.factor)? },
-        "dynamic" => RopeScaling::Dynamic { factor: required("factor", p.factor)?, original_context: context },
-        "llama3" => RopeScaling::Llama3 {
-            factor: required("factor", p.factor)?,
-            low_freq_factor: required("low_freq_factor", p.low_freq_factor)?,
-            high_freq_factor: required("high_freq_factor", p.high_freq_factor)?,
-            original_context,
-        },
+    let factor = || p.factor.unwrap_or_else(|| ratio(context, original_context));
+    Ok(match p.rope_type.as_str() {
+        "default" | "mrope" => (RopeScaling::Default, 1.0),
+        "linear" => (RopeScaling::Linear { factor: required("factor", p.factor)? }, 1.0),
+        "dynamic" => (RopeScaling::Dynamic { factor: required("factor", p.factor)?, original_context: context }, 1.0),
+        "llama3" => {
+            let scaling = RopeScaling::Llama3 {
+                factor: required("factor", p.factor)?,
+                low_freq_factor: required("low_freq_factor", p.low_freq_factor)?,
+                high_freq_factor: required("high_freq_factor", p.high_freq_factor)?,
+                original_context,
+            };
+            (scaling, 1.0)
+        }
         "yarn" => {
-            let factor = p.factor.unwrap_or_else(|| ratio(context, original_context));
-            attention_factor = p.attention_factor.unwrap_or_else(|| yarn_attention(factor, p.mscale, p.mscale_all_dim));
             // transformers reads a beta of zero as absent.
             let beta = |value: Option<f64>, default| value.filter(|beta| *beta != 0.0).unwrap_or(default);
-            RopeScaling::Yarn {
-                factor,
+            let scaling = RopeScaling::Yarn {
+                factor: factor(),
                 beta_fast: beta(p.beta_fast, 32.0),
                 beta_slow: beta(p.beta_slow, 1.0),
                 truncate: p.truncate.unwrap_or(true),
                 original_context,
-            }
+            };
+            let attention = || yarn_attention(factor(), p.mscale, p.mscale_all_dim);
+            (scaling, p.attention_factor.unwrap_or_else(attention))
         }
         "proportional" => {
             // The whole head is seen as rotated; the part that turns is a share of its pairs.
-            let share = p.partial_rotary_factor.unwrap_or(1.0);
-            let pairs = truncated(whole, share) / 2;
-            RopeScaling::Proportional { factor: p.factor.unwrap_or(1.0), pairs }
+            let pairs = truncated(whole, p.partial_rotary_factor.unwrap_or(1.0)) / 2;
+            (RopeScaling::Proportional { factor: p.factor.unwrap_or(1.0), pairs }, 1.0)
         }
         "longrope" => {
-            let factor = p.factor.unwrap_or_else(|| ratio(context, original_context));
-            attention_factor = p.attention_factor.unwrap_or_else(|| longrope_attention(factor, original_context));
-            RopeScaling::Longrope {
-                short_factor: divisors("short_factor", p.short_factor, size / 2)?,
-                long_factor: divisors("long_factor", p.long_factor, size / 2)?,
+            let scaling = RopeScaling::Longrope {
+                short_factor: divisors("short_factor", p.short_factor.clone(), size / 2)?,
+                long_factor: divisors("long_factor", p.long_factor.clone(), size / 2)?,
                 original_context,
-            }
+            };
+            let attention = || longrope_attention(factor(), original_context);
+            (scaling, p.attention_factor.unwrap_or_else(attention))
         }
         other => {
             return Err(subject()
                 .found(format!("rope_type {other:?}"))
                 .expected("default, linear, dynamic, llama3, yarn, longrope or proportional"));
         }
-    };
-    let attention_factor = p.short_mscale.unwrap_or(attention_factor);
-    let beyond = p.long_mscale.filter(|_| p.long_mscale != p.short_mscale);
-    let beyond = beyond.map(|attention_factor| RopeBeyond { length: original_context, attention_factor });
-    Ok(Rope { layout, size, theta, scaling, attention_factor, reversed: false, beyond })
+    })
 }
 
 /// The rotated size and the base. An odd size is rotated as the next even one by transformers, with the exponents of

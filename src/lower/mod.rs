@@ -271,9 +271,13 @@ impl Lowerer {
         }
         let ids = self.input("input_ids")?;
         let rest: Option<Vec<i64>> = shape.iter().skip(2).map(Dim::value).collect();
-        let Some(rest) = rest.filter(|_| shape.get(..2) == self.e.shape(ids).get(..2)) else {
+        let Some(mut rest) = rest.filter(|_| shape.get(..2) == self.e.shape(ids).get(..2)) else {
             return self.e.reshape(x, shape);
         };
+        // The last size follows from the others, so that values of every width share one list of sizes.
+        if let Some(last) = rest.last_mut() {
+            *last = -1;
+        }
         let leading = self.shape_of("input_ids")?;
         let sizes = self.share(&format!("token_shape/{rest:?}"), |s| {
             let rest = s.e.ints(&rest);
