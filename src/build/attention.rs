@@ -119,6 +119,9 @@ fn separate(b: &mut Builder, spec: &Attention, x: ValueId, inputs: &Inputs) -> R
         return latent(b, spec, x, inputs);
     };
     let (query, chosen) = match spec.mixture {
+        Some(_) if query_bias => {
+            return Err(contradiction("query_bias", "experts that project queries have no biases"));
+        }
         Some(own) => mixture::queries(b, spec, own, x).map(|(query, chosen)| (query, Some(chosen)))?,
         None => (b.linear("q_proj", x, spec.heads * spec.key_size, query_bias)?, None),
     };
@@ -291,6 +294,9 @@ fn latent(b: &mut Builder, spec: &Attention, x: ValueId, inputs: &Inputs) -> Res
     else {
         return separate(b, spec, x, inputs);
     };
+    if spec.keys_as_values {
+        return Err(contradiction("keys_as_values", "keys and values of a latent come from one projection anyway"));
+    }
     let (heads, nope) = (spec.heads, spec.key_size.saturating_sub(rope_size));
     let norm = NormOp { kind: NormKind::Rms, eps: norm_eps, weight: true, bias: false, offset: false };
     let (mut query, latent) = match query_rank {
@@ -333,6 +339,11 @@ fn latent(b: &mut Builder, spec: &Attention, x: ValueId, inputs: &Inputs) -> Res
     let key = flat(b, "Key", key, heads * spec.key_size)?;
     let value = flat(b, "Value", value, heads * spec.value_size)?;
     Ok(Projected { query, cached: Some((key, value)), latent, chosen: None })
+}
+
+/// Two mechanisms that exclude each other.
+fn contradiction(field: &str, reason: &str) -> Error {
+    Error::new(Code::SpecInvalid, format!("attention.{field}")).found(true).expected(format!("false: {reason}"))
 }
 
 fn latent_norm(b: &mut Builder, module: &str, norm: NormOp, x: ValueId) -> Result<ValueId> {

@@ -2,9 +2,9 @@
 
 use super::Builder;
 use super::op::{Composite, Kind, MoeOp};
-use crate::error::Result;
+use crate::error::{Code, Error, Result};
 use crate::graph::ValueId;
-use crate::spec::{Activation, FeedForward, Mlp, Moe, SharedExpert};
+use crate::spec::{Activation, FeedForward, Mlp, Moe, Score, SharedExpert};
 
 /// Builds the feed-forward part on its normalised input.
 pub(super) fn build(b: &mut Builder, spec: &FeedForward, x: ValueId) -> Result<ValueId> {
@@ -58,6 +58,7 @@ pub(super) fn activate(b: &mut Builder, activation: Activation, x: ValueId) -> R
 
 /// Routed experts, plus whatever sees every token beside them. The router may read something else than they do.
 pub(super) fn moe(b: &mut Builder, spec: &Moe, x: ValueId, routed: ValueId) -> Result<ValueId> {
+    check_sparsemixer(spec)?;
     let mut operands = vec![x, router(b, spec, routed)?];
     if spec.routing.correction_bias {
         let width = spec.experts + spec.routing.identity_experts;
@@ -91,6 +92,23 @@ pub(super) fn moe(b: &mut Builder, spec: &Moe, x: ValueId, routed: ValueId) -> R
         y = b.emit("AddBias", Composite::Add, &[y, bias])?;
     }
     Ok(y)
+}
+
+/// Sparsemixer chooses two experts and weighs them itself: what other routings do behind that it would not do.
+fn check_sparsemixer(spec: &Moe) -> Result<()> {
+    let routing = &spec.routing;
+    #[expect(clippy::float_cmp, reason = "one is what a template without the key says")]
+    let plain = spec.top_k == 2
+        && routing.scale == 1.0
+        && !routing.normalize
+        && !routing.correction_bias
+        && routing.groups.is_none();
+    if plain || !matches!(routing.score, Score::Sparsemixer { .. }) {
+        return Ok(());
+    }
+    Err(Error::new(Code::SpecInvalid, "moe.routing")
+        .found(format!("sparsemixer with {} experts for a token, and {routing:?}", spec.top_k))
+        .expected("two experts for a token, and nothing behind the choice"))
 }
 
 /// The router decides in float32 whatever the computation's type is: a rounded logit chooses another expert.
