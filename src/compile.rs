@@ -27,7 +27,7 @@ pub struct Options {
     pub template: Option<PathBuf>,
     /// The operators that exist.
     pub target: &'static Target,
-    /// Float type of weights, caches and computation.
+    /// Float type of weights; and of caches and computation, unless the target has one of its own for those.
     pub element: ElementType,
     /// Padding that must be exact.
     pub padding: Padding,
@@ -226,6 +226,7 @@ impl Compiled {
         Signature {
             onnx_file: format!("onnx/{}", options.file_name()),
             dtype: options.element,
+            cache: options.target.compute.unwrap_or(options.element),
             data_files: 1,
             vocab_size: spec.vocab_size,
             context_length: options.max_length.unwrap_or(spec.context_length).min(spec.context_length),

@@ -38,8 +38,10 @@ pub struct Target {
     pub ir_version: i64,
     /// Version of each operator domain that the graph imports.
     pub opsets: BTreeMap<String, u32>,
-    /// Float types that weights and activations may have.
+    /// Float types that weights may have.
     pub dtypes: Vec<ElementType>,
+    /// What is computed in, where that is not the weights' type.
+    pub compute: Option<ElementType>,
     /// For each composite operator the forms to try, best first.
     pub lowering: BTreeMap<String, Vec<String>>,
 }
@@ -51,6 +53,7 @@ struct TargetFile {
     description: String,
     ir_version: i64,
     dtypes: Vec<String>,
+    compute: Option<String>,
     opset: BTreeMap<String, u32>,
     lowering: BTreeMap<String, Vec<String>>,
 }
@@ -99,6 +102,7 @@ impl Target {
             description: file.description,
             ir_version: file.ir_version,
             dtypes: file.dtypes.iter().map(element).collect::<Result<_>>()?,
+            compute: file.compute.as_ref().map(element).transpose()?,
             opsets: file.opset,
             lowering: file.lowering,
         })

@@ -50,7 +50,7 @@ pub(super) struct ModelOptions {
     /// Which operators the graph is made of
     #[arg(long, default_value = "ort-cpu", value_parser = target)]
     target: &'static Target,
-    /// Float type of weights, caches and computation
+    /// Float type that matrices are stored in; every target so far computes in float32
     #[arg(long, value_enum, default_value_t = Dtype::F32)]
     dtype: Dtype,
     /// Padding for which the graph is exact; less is a little faster
@@ -77,7 +77,7 @@ pub(super) struct ModelOptions {
 enum Dtype {
     /// float32
     F32,
-    /// float16; logits stay float32
+    /// float16: half the size, as exact as the weights are rounded
     F16,
 }
 

@@ -64,7 +64,7 @@ impl Lowerer {
         let [start, end, axis] = [0, -count, -1].map(|value| self.e.ints(&[value]));
         let chosen = self.e.add(Operator::new("Slice"), &[chosen, start, end, axis])?;
         let chosen = self.e.cast(chosen, ElementType::Bool)?;
-        let element = self.options.element;
+        let element = self.compute();
         let (zero, masked) = (self.e.scalar(element, 0.0), self.e.scalar(element, masked(element)));
         self.e.add(Operator::new("Where"), &[chosen, zero, masked])
     }

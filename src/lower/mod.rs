@@ -45,7 +45,7 @@ pub enum Padding {
 pub struct Options {
     /// The operators that exist.
     pub target: &'static Target,
-    /// Float type of weights, caches and computation.
+    /// Float type of weights; and of caches and computation, unless the target has one of its own for those.
     pub element: ElementType,
     /// Padding that must be exact.
     pub padding: Padding,
@@ -117,10 +117,30 @@ struct Lowerer {
 impl Lowerer {
     fn element(&self, kind: Kind) -> ElementType {
         match kind {
-            Kind::Real => self.options.element,
+            Kind::Real => self.compute(),
             Kind::Full => ElementType::F32,
             Kind::Integer => ElementType::I64,
         }
+    }
+
+    /// Element type of activations and caches.
+    fn compute(&self) -> ElementType {
+        self.options.target.compute.unwrap_or(self.options.element)
+    }
+
+    /// A parameter, or one made from parameters. Matrices are stored in the build's element type and widened to what
+    /// is computed in, which the session folds at load; vectors and what is computed in full are stored as computed.
+    fn parameter(&mut self, name: &str, ty: Type<ElementType>, kind: Kind, weight: Weight) -> Result<ValueId> {
+        let computed = ty.element;
+        let stored = match kind {
+            Kind::Real if ty.shape.len() > 1 => self.options.element,
+            _ => computed,
+        };
+        let value = self.e.weight(name, Type { element: stored, ..ty }, weight);
+        if stored == computed {
+            return Ok(value);
+        }
+        self.share(&format!("weights/{name}"), |s| s.e.cast(value, computed))
     }
 
     fn ty(&self, ty: &Type<Kind>) -> Type<ElementType> {
@@ -136,7 +156,7 @@ impl Lowerer {
         match value.source {
             Source::Literal(_) => {
                 let ty = self.ty(&value.ty);
-                let lowered = self.e.weight(&value.name, ty, Weight::source(&value.name));
+                let lowered = self.parameter(&value.name, ty, value.ty.element, Weight::source(&value.name))?;
                 self.values.insert(id, lowered);
                 Ok(lowered)
             }

@@ -124,9 +124,9 @@ impl Lowerer {
         let (weight, bias) = match operands.gate {
             None => self.projection(model, operands.up)?,
             Some(gate) => {
-                let weight = self.interleaved(op, model, gate.weight, operands.up.weight);
+                let weight = self.interleaved(op, model, gate.weight, operands.up.weight)?;
                 let biases = gate.bias.zip(operands.up.bias);
-                (weight, biases.map(|(gate, up)| self.interleaved(op, model, gate, up)))
+                (weight, biases.map(|(gate, up)| self.interleaved(op, model, gate, up)).transpose()?)
             }
         };
         let weight = self.e.cast(weight, ElementType::F32)?;
@@ -134,14 +134,15 @@ impl Lowerer {
     }
 
     /// `[E, I, ..]` twice -> `[E, 2 * I, ..]`
-    fn interleaved(&mut self, op: &MoeOp, model: &Graph<Model>, gate: ValueId, up: ValueId) -> ValueId {
+    fn interleaved(&mut self, op: &MoeOp, model: &Graph<Model>, gate: ValueId, up: ValueId) -> Result<ValueId> {
         let source = |id: ValueId| Weight::source(&model.value(id).name);
         let mut ty = self.ty(model.ty(up));
         if let Some(rows) = ty.shape.get_mut(1) {
             *rows = Dim::from(2 * op.intermediate_size);
         }
         let name = model.value(up).name.replace("up_proj", "gate_up_proj");
-        self.e.weight(&name, ty, Weight::Interleave(1, vec![source(gate), source(up)]))
+        let weight = Weight::Interleave(1, vec![source(gate), source(up)]);
+        self.parameter(&name, ty, model.ty(up).element, weight)
     }
 
     /// The operator applies softmax to its logits and keeps the top `k`. Any other routing is computed outside

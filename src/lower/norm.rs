@@ -71,7 +71,7 @@ impl Lowerer {
                 let value = model.value(*id);
                 let weight = Weight::AddOne(Box::new(Weight::source(&value.name)));
                 let ty = self.ty(&value.ty);
-                self.e.weight(&format!("{}.plus_one", value.name), ty, weight)
+                self.parameter(&format!("{}.plus_one", value.name), ty, value.ty.element, weight)?
             }
             Some(id) => self.value(model, *id)?,
             None => {

@@ -33,7 +33,7 @@ impl Lowerer {
         let sin = self.e.add(Operator::new("Sin"), &[angles])?;
         let cos = self.e.add(Operator::new("Cos"), &[angles])?;
         let table = self.e.add(Operator::new("Concat").int("axis", -1), &[sin, cos])?;
-        self.e.cast(table, self.options.element)
+        self.e.cast(table, self.compute())
     }
 
     /// Positions plus the padding of each row: `p + T - sum(mask)`
@@ -65,7 +65,7 @@ impl Lowerer {
             let x = s.e.add(Operator::new("Log"), &[x])?;
             let x = s.e.add(Operator::new("Mul"), &[x, coefficient])?;
             let x = s.e.add(Operator::new("Add"), &[x, one])?;
-            s.e.cast(x, s.options.element)
+            s.e.cast(x, s.compute())
         })
     }
 }

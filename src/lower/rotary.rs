@@ -30,7 +30,7 @@ impl Lowerer {
             if rope.reversed && function == "Sin" {
                 value = self.e.add(Operator::new("Neg"), &[value])?;
             }
-            table.push(self.e.cast(value, self.options.element)?);
+            table.push(self.e.cast(value, self.compute())?);
         }
         Ok(table)
     }

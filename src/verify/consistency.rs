@@ -8,7 +8,9 @@ use rand_chacha::ChaCha8Rng;
 use super::metrics::Logits;
 use super::report::{Kind, Outcome, Report};
 use super::scenario::{Continuation, Prompt, Scenario, compare_rows, continue_greedily, run, run_rows_alone};
-use super::{GREEDY_TOKENS, Options, divergence, failed, folder_of, judge_greedy, judged, perplexity, promised};
+use super::{
+    GREEDY_TOKENS, Options, divergence, element_of, failed, folder_of, judge_greedy, judged, perplexity, promised,
+};
 use crate::error::{Code, Error, Result};
 use crate::session::{Decoder, IntMatrix};
 use crate::tokenizer::Tokenizer;
@@ -29,13 +31,13 @@ struct Results {
 /// Compares cached, chunked and padded runs of a model with its full run, and all of them with another lowering's.
 pub fn consistency(model: &Path, other: Option<&Path>, options: &Options) -> Result<Report> {
     let mut decoder = Decoder::open(model, &options.session(false))?;
-    let tolerance = options.tolerance(decoder.element());
+    let element = element_of(model, &decoder);
+    let tolerance = options.tolerance(element);
     let prompt = random_prompt(folder_of(model))?;
     let own = run_rows_alone(&mut decoder, &prompt)?.logits;
     let recomputed = continue_greedily(&mut decoder, &prompt, GREEDY_TOKENS, false);
     let (scenarios, note) = promised(model);
     let results = run_all(&mut decoder, &prompt, &scenarios);
-    let element = decoder.element();
     let mut report = Report {
         kind: Kind::Consistency,
         model: decoder.file().to_path_buf(),

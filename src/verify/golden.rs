@@ -5,7 +5,10 @@ use std::path::Path;
 use super::metrics::{Comparison, Logits};
 use super::report::{Kind, Outcome, Perplexity, Report, Verdict};
 use super::scenario::{Prompt, Scenario, compare_rows, continue_greedily, run, steps_of};
-use super::{GREEDY_TOKENS, Options, divergence, failed, folder_of, judge_greedy, judged, perplexity, promised};
+use super::{
+    GREEDY_TOKENS, Options, divergence, element_of, failed, folder_of, judge_greedy, judged, perplexity, promised,
+};
+use crate::element::ElementType;
 use crate::error::Result;
 use crate::golden::{Evaluation, Golden};
 use crate::session::{Decoder, Floats};
@@ -14,7 +17,8 @@ use crate::tokenizer::Tokenizer;
 /// Runs every scenario and compares it with what the reference computed.
 pub fn against_golden(model: &Path, golden: &Golden, options: &Options) -> Result<Report> {
     let mut decoder = Decoder::open(model, &options.session(false))?;
-    let tolerance = options.tolerance(decoder.element());
+    let element = element_of(model, &decoder);
+    let tolerance = options.tolerance(element);
     let prompt = Prompt {
         ids: golden.input_ids.clone(),
         mask: golden.attention_mask.clone(),
@@ -24,7 +28,7 @@ pub fn against_golden(model: &Path, golden: &Golden, options: &Options) -> Resul
         kind: Kind::Golden,
         model: decoder.file().to_path_buf(),
         reference: Some(golden.path.clone()),
-        element: decoder.element(),
+        element,
         tolerance,
         scenarios: Vec::new(),
         perplexity: Vec::new(),
@@ -38,7 +42,7 @@ pub fn against_golden(model: &Path, golden: &Golden, options: &Options) -> Resul
         let outcome = check(&mut decoder, golden, &reference, &prompt, scenario, tolerance);
         report.scenarios.push(outcome.unwrap_or_else(|e| failed(scenario.name(), "golden", &e)));
     }
-    report.scenarios.extend(check_greedy(&mut decoder, golden, &prompt, tolerance));
+    report.scenarios.extend(check_greedy(&mut decoder, golden, &prompt, (element, tolerance)));
     check_texts(&mut decoder, model, golden, options, &mut report)?;
     drop(decoder);
     if !report.holds() {
@@ -95,12 +99,17 @@ fn check_row_of_batch(decoder: &mut Decoder, prompt: &Prompt, got: &Logits, tole
     Ok(outcome)
 }
 
-fn check_greedy(decoder: &mut Decoder, golden: &Golden, prompt: &Prompt, tolerance: f64) -> Option<Outcome> {
+fn check_greedy(
+    decoder: &mut Decoder,
+    golden: &Golden,
+    prompt: &Prompt,
+    (element, tolerance): (ElementType, f64),
+) -> Option<Outcome> {
     let ids = golden.greedy_ids.as_ref()?.get(prompt.ids.columns..)?;
     let logits = golden.greedy_logits.as_ref().map(steps_of).unwrap_or_default();
     let count = ids.len().min(GREEDY_TOKENS);
     Some(match continue_greedily(decoder, prompt, count, true) {
-        Ok(got) => judge_greedy("greedy", "golden", &got, ids, &logits, decoder.element(), tolerance),
+        Ok(got) => judge_greedy("greedy", "golden", &got, ids, &logits, element, tolerance),
         Err(error) => failed("greedy", "golden", &error),
     })
 }

@@ -12,7 +12,7 @@ pub mod scenario;
 use std::path::{Path, PathBuf};
 
 use crate::element::ElementType;
-use crate::session;
+use crate::session::{self, Decoder};
 
 pub use consistency::consistency;
 pub use golden::against_golden;
@@ -58,6 +58,13 @@ pub fn tolerance(element: ElementType) -> f64 {
 /// The folder of a directory or of a file in one.
 fn folder_of(model: &Path) -> &Path {
     if model.is_dir() { model } else { model.parent().unwrap_or(model) }
+}
+
+/// What a model's weights are rounded to: what its directory says, or the narrowest type that its graph shows.
+fn element_of(model: &Path, decoder: &Decoder) -> ElementType {
+    let manifest = crate::read::json_file(&folder_of(model).join("hf2onnx.json"));
+    let half = manifest.is_ok_and(|manifest| manifest.get("dtype").is_some_and(|dtype| dtype == "f16"));
+    if half { ElementType::F16 } else { decoder.element() }
 }
 
 /// The scenarios that a model is held to, and a note where they are not all: a directory that was built for right

@@ -17,8 +17,10 @@ use crate::read::{Repository, contained};
 pub struct Signature {
     /// The model inside the directory, with `/`: `onnx/model.onnx`.
     pub onnx_file: String,
-    /// What the graph computes in, and its cache is made of.
+    /// What the weights are stored in; it names the files.
     pub dtype: ElementType,
+    /// What the cache is made of.
+    pub cache: ElementType,
     /// How many external data files the model has.
     pub data_files: usize,
     /// Width of the logits.
@@ -95,7 +97,7 @@ fn config(source: &Map<String, Value>, signature: &Signature) -> Map<String, Val
     if let Some(dtype) = dtype {
         options.insert("dtype".into(), dtype.into());
     }
-    if signature.dtype == ElementType::F16 && !options.contains_key("kv_cache_dtype") {
+    if signature.cache == ElementType::F16 && !options.contains_key("kv_cache_dtype") {
         // Version 3 asks here; version 4 asks the graph.
         options.insert("kv_cache_dtype".into(), json!({ "fp16": "float16" }));
     }

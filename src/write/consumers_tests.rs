@@ -9,6 +9,7 @@ fn signature() -> Signature {
     Signature {
         onnx_file: "onnx/model.onnx".into(),
         dtype: ElementType::F32,
+        cache: ElementType::F32,
         data_files: 1,
         vocab_size: 2048,
         context_length: 1024,
@@ -42,8 +43,13 @@ fn the_configuration_of_transformers_js() {
     assert_eq!(read("config.json"), json!({"model_type": "llama", "a": 1e-6, "transformers.js_config": options}));
 
     let options = json!({"dtype": "q4", "device": "webgpu", "use_external_data_format": {"model_q4.onnx": 3}});
-    let f16 =
-        Signature { onnx_file: "onnx/model_fp16.onnx".into(), dtype: ElementType::F16, data_files: 2, ..signature() };
+    let f16 = Signature {
+        onnx_file: "onnx/model_fp16.onnx".into(),
+        dtype: ElementType::F16,
+        cache: ElementType::F16,
+        data_files: 2,
+        ..signature()
+    };
     let (_, read) = written(&[("config.json", json!({"transformers.js_config": options}))], &f16).unwrap();
     let expected = json!({
         "dtype": "fp16", "device": "webgpu", "kv_cache_dtype": {"fp16": "float16"},
