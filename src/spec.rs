@@ -478,8 +478,8 @@ pub enum Activation {
         /// Where values are cut off.
         limit: f64,
     },
-    /// Quadratic for positive and exponential for negative values, with two learned slopes, `alpha_p` and `alpha_n`
-    /// (Huang 2024).
+    /// Quadratic for positive and exponential for negative values, with two learned slopes, `alpha_p` and `alpha_n`,
+    /// and `beta` and `eps` as they are stored (Huang 2024).
     Xielu,
 }
 

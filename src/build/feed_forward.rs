@@ -51,6 +51,7 @@ pub(super) fn activate(b: &mut Builder, activation: Activation, x: ValueId) -> R
         let mut operands = vec![x];
         if activation == Activation::Xielu {
             operands.extend(["alpha_p", "alpha_n"].map(|name| b.parameter(name, [1], Kind::Real)));
+            operands.extend(["beta", "eps"].map(|name| b.parameter(name, [], Kind::Real)));
         }
         b.emit("Activate", Composite::Activate(activation), &operands)
     })

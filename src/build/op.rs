@@ -131,7 +131,7 @@ pub enum Composite {
     Multiply,
     /// Logistic function.
     Sigmoid,
-    /// Non-linearity; xIELU takes its two learned slopes as further operands.
+    /// Non-linearity; xIELU takes its two learned slopes and its two constants as further operands.
     Activate(Activation),
     /// gate, up -> `(u + 1) * g * sigmoid(alpha g)`, the gate clamped to at most a limit, up to plus and minus it
     ClampedSwiglu {

@@ -23,7 +23,7 @@ impl Lowerer {
                 }
                 _ => s.gelu_spelled_out(activation, x).map(Form::Done),
             }),
-            (Activation::Xielu, [positive, negative]) => self.xielu(x, *positive, *negative),
+            (Activation::Xielu, &[positive, negative, beta, eps]) => self.xielu(x, [positive, negative, beta, eps]),
             (other, _) => Err(Error::new(Code::SpecInvalid, "activation")
                 .found(format!("{other:?} with {} slopes", slopes.len()))
                 .expected("a function of one value")),
@@ -66,18 +66,16 @@ impl Lowerer {
         e.add(Operator::new("Mul"), &[halved, inner])
     }
 
-    /// `XIELUActivation` of transformers with its constants, beta 0.5 and eps -1e-6:
-    /// `x > 0: softplus(p)·x² + x/2`, else `(exp(min(x, eps)) - 1 - x) · (1/2 + softplus(n)) + x/2`.
-    fn xielu(&mut self, x: ValueId, positive: ValueId, negative: ValueId) -> Result<ValueId> {
+    /// `XIELUActivation` of transformers: `x > 0: softplus(p)·x² + beta·x`, else
+    /// `(exp(min(x, eps)) - 1 - x) · (beta + softplus(n)) + beta·x`.
+    fn xielu(&mut self, x: ValueId, [positive, negative, beta, eps]: [ValueId; 4]) -> Result<ValueId> {
         let element = self.e.ty(x).element;
-        let constant = |s: &mut Self, value| s.e.scalar(element, value);
-        let (half, one, zero, eps) =
-            (constant(self, 0.5), constant(self, 1.0), constant(self, 0.0), constant(self, -1e-6));
+        let (one, zero) = (self.e.scalar(element, 1.0), self.e.scalar(element, 0.0));
         let e = &mut self.e;
         let positive = e.add(Operator::new("Softplus"), &[positive])?;
         let negative = e.add(Operator::new("Softplus"), &[negative])?;
-        let negative = e.add(Operator::new("Add"), &[negative, half])?;
-        let linear = e.add(Operator::new("Mul"), &[x, half])?;
+        let negative = e.add(Operator::new("Add"), &[negative, beta])?;
+        let linear = e.add(Operator::new("Mul"), &[x, beta])?;
         let square = e.add(Operator::new("Mul"), &[x, x])?;
         let square = e.add(Operator::new("Mul"), &[square, positive])?;
         let low = e.add(Operator::new("Min"), &[x, eps])?;
