@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::graph::{Dialect, Dim, Shape, Type};
+use crate::graph::{Dialect, Dim, Shape, Type, broadcast};
 use crate::spec::{Activation, Alibi, NormKind, PositionScale, Rope, RopeLayout, Routing};
 
 /// The dialect of composite operations.
@@ -306,20 +306,6 @@ fn per_position(positions: &Type<Kind>, width: usize) -> Type<Kind> {
 
 pub(super) fn last(ty: &Type<Kind>) -> Result<&Dim, String> {
     ty.shape.last().ok_or_else(|| format!("{ty} has no axis"))
-}
-
-fn broadcast(a: &Shape, b: &Shape) -> Option<Shape> {
-    let (long, short) = if a.len() >= b.len() { (a, b) } else { (b, a) };
-    let (unit, offset) = (Dim::from(1), long.len() - short.len());
-    let mut shape = long.clone();
-    for (slot, other) in shape.iter_mut().skip(offset).zip(short) {
-        if *slot == unit {
-            *slot = other.clone();
-        } else if *other != unit && other != slot {
-            return None;
-        }
-    }
-    Some(shape)
 }
 
 /// The shape with one more axis behind the others.

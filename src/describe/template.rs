@@ -14,8 +14,8 @@ const BUILT_IN: &[(&str, &str)] = include!(concat!(env!("OUT_DIR"), "/templates.
 /// The template that every other one inherits from.
 const COMMON: &str = "_common";
 
-/// Tables that a template may have, and what they are for.
-const TABLES: [&str; 17] = [
+/// Tables that a template may have, in the order in which they are written.
+pub(crate) const TABLES: [&str; 17] = [
     "defaults",
     "let",
     "require",

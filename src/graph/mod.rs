@@ -12,6 +12,21 @@ use std::fmt;
 /// Dimensions of a tensor.
 pub type Shape = Vec<Dim>;
 
+/// The shape of an elementwise operation on two shapes: aligned at the last axis, ones stretch. `None` if they do not fit.
+pub fn broadcast(a: &Shape, b: &Shape) -> Option<Shape> {
+    let (long, short) = if a.len() >= b.len() { (a, b) } else { (b, a) };
+    let (unit, offset) = (Dim::from(1), long.len() - short.len());
+    let mut shape = long.clone();
+    for (slot, other) in shape.iter_mut().skip(offset).zip(short) {
+        if *slot == unit {
+            *slot = other.clone();
+        } else if *other != unit && other != slot {
+            return None;
+        }
+    }
+    Some(shape)
+}
+
 /// What distinguishes one level of graph from another.
 pub trait Dialect {
     /// An operation of a node; displayed with its attributes.

@@ -5,7 +5,7 @@
 
 use super::onnx_graph::Operator;
 use crate::element::ElementType;
-use crate::graph::{Dim, Shape, Type};
+use crate::graph::{self, Dim, Shape, Type};
 
 type Ty = Type<ElementType>;
 
@@ -154,18 +154,8 @@ fn numbers(operand: Operand) -> Result<Vec<i64>, String> {
 }
 
 fn broadcast(a: &Shape, b: &Shape) -> Result<Shape, String> {
-    let (long, short) = if a.len() >= b.len() { (a, b) } else { (b, a) };
-    let mut shape = long.clone();
-    let offset = long.len() - short.len();
-    let unit = Dim::from(1);
-    for (slot, other) in shape.iter_mut().skip(offset).zip(short) {
-        if *slot == unit {
-            *slot = other.clone();
-        } else if *other != unit && other != slot {
-            return Err(format!("{slot} and {other} do not broadcast"));
-        }
-    }
-    Ok(shape)
+    let shown = |shape: &Shape| Type::new("", shape.iter().cloned()).to_string();
+    graph::broadcast(a, b).ok_or_else(|| format!("{} and {} do not broadcast", shown(a), shown(b)))
 }
 
 fn arithmetic(op: &Operator, a: Operand, b: Operand) -> Result<Vec<Inferred>, String> {

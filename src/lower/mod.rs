@@ -20,7 +20,7 @@ mod rotary;
 
 pub use onnx_graph::{Attribute, Constant, MICROSOFT, Onnx, Operator};
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use crate::build::{Composite, Kind, Model};
 use crate::element::ElementType;
@@ -85,6 +85,7 @@ pub fn lower(model: &Graph<Model>, options: &Options) -> Result<Lowered> {
         e: Emitter::new(options.target),
         options: *options,
         values: HashMap::new(),
+        named: HashSet::new(),
         shared: HashMap::new(),
         notes: BTreeMap::new(),
     };
@@ -92,6 +93,7 @@ pub fn lower(model: &Graph<Model>, options: &Options) -> Result<Lowered> {
         let value = model.value(*id);
         let lowered = lowerer.e.graph.add_input(&value.name, lowerer.ty(&value.ty));
         lowerer.values.insert(*id, lowered);
+        lowerer.named.insert(lowered);
     }
     for node in &model.nodes {
         lowerer.node(model, node)?;
@@ -109,6 +111,8 @@ struct Lowerer {
     options: Options,
     /// Lowered values of the model's graph.
     values: HashMap<ValueId, ValueId>,
+    /// Lowered values that carry the name of one in the model's graph.
+    named: HashSet<ValueId>,
     /// Values that many nodes share, such as masks, by what they are.
     shared: HashMap<String, ValueId>,
     notes: BTreeMap<(String, String, String), Note>,
@@ -158,6 +162,7 @@ impl Lowerer {
                 let ty = self.ty(&value.ty);
                 let lowered = self.parameter(&value.name, ty, value.ty.element, Weight::source(&value.name))?;
                 self.values.insert(id, lowered);
+                self.named.insert(lowered);
                 Ok(lowered)
             }
             _ => Err(Error::new(Code::SpecInvalid, &value.name).found("a value that no earlier node computes")),
@@ -171,7 +176,7 @@ impl Lowerer {
         let results = self.composite(model, node, &operands)?;
         for (id, lowered) in node.outputs.iter().flatten().zip(results) {
             // An operation that changes nothing hands its operand on, which keeps its name.
-            if !self.values.values().any(|known| *known == lowered) {
+            if self.named.insert(lowered) {
                 self.e.graph.rename(lowered, &model.value(*id).name);
             }
             self.values.insert(*id, lowered);

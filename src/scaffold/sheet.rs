@@ -2,24 +2,7 @@
 
 use std::fmt::Write as _;
 
-use crate::describe::quoted_key;
-
-const ORDER: [&str; 14] = [
-    "defaults",
-    "let",
-    "without_effect",
-    "model",
-    "embedding",
-    "norm",
-    "layer",
-    "attention",
-    "rope",
-    "mlp",
-    "moe",
-    "head",
-    "tensors",
-    "drop",
-];
+use crate::describe::{TABLES, quoted_key};
 
 /// Lines by table. Everything that is not certain carries `# guess: why` or `# TODO: what to look up`.
 #[derive(Debug, Clone, Default)]
@@ -65,7 +48,7 @@ impl Sheet {
     /// The tables as TOML.
     pub(super) fn text(&self) -> String {
         let mut text = String::new();
-        for table in ORDER {
+        for table in TABLES {
             let mut lines = self.lines.iter().filter(|(of, _)| *of == table).peekable();
             if lines.peek().is_some() {
                 let _ = writeln!(text, "\n[{table}]");
