@@ -1,22 +1,24 @@
 //! The whole compiler in one function: [`compile`].
 
+mod manifest;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::bind::{self, Plan};
+use crate::bind::{self, Initializer, Plan};
 use crate::build::{self, Logits};
-use crate::describe::{self, Accounting, Description};
+use crate::describe::{self, Description};
 use crate::element::ElementType;
 use crate::error::{Code, Error, Result};
-use crate::lower::{self, Lowered, Note, Padding};
+use crate::lower::{self, Lowered, Padding, Stored};
 use crate::opset::Target;
-use crate::read::{FileHash, Repository, hash_files};
+use crate::read::{Repository, hash_bytes};
 use crate::scaffold;
-use crate::spec::ModelSpec;
-use crate::write::{self, ConsumerFiles, ExternalWriter, Force, Signature, Staging};
+use crate::write::{self, ConsumerFiles, DataFile, Force, Layout, LinkReport, Signature, Staging, data_name};
+use manifest::Manifest;
 
 /// What is to be built.
 #[derive(Debug, Clone)]
@@ -39,6 +41,23 @@ pub struct Options {
     pub allowed_keys: Vec<String>,
     /// Tensors that may stay unread.
     pub allowed_tensors: Vec<String>,
+    /// Where the graph finds its weights.
+    pub weights: Weights,
+}
+
+/// Where a graph finds its weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Weights {
+    /// In files of its own, in the build's element type.
+    Pack {
+        /// No file grows over so many bytes.
+        shard_size: Option<u64>,
+    },
+    /// In the checkpoint's files, as far as no arithmetic is needed; those are linked into the output.
+    Link {
+        /// Whether the linked files are read once for their hashes.
+        hash: bool,
+    },
 }
 
 /// A model on its way from a repository to a directory: everything that is known before a weight is read.
@@ -54,6 +73,8 @@ pub struct Compiled {
     pub lowered: Lowered,
     /// Where its weights come from.
     pub plan: Plan,
+    /// Where they lie in the output.
+    pub layout: Layout,
 }
 
 /// Reads, describes, builds, lowers and binds a model.
@@ -67,11 +88,36 @@ pub fn compile(options: &Options) -> Result<Compiled> {
 
 /// Builds, lowers and binds a model that is described already.
 pub fn compile_description(repository: Repository, description: Description, options: &Options) -> Result<Compiled> {
+    if !options.target.dtypes.contains(&options.element) {
+        let names: Vec<String> = options.target.dtypes.iter().map(ToString::to_string).collect();
+        return Err(Error::new(Code::UsageInvalid, format!("--dtype on target {}", options.target.name))
+            .found(options.element)
+            .expected(names.join(", ")));
+    }
     let model = build::decoder(&description.spec, options.logits)?;
-    let lowered = lower::lower(&model, &options.lowering())?;
-    let (rules, tensors) = (&description.rules, &repository.checkpoint);
-    let plan = bind::plan(&model, &lowered.graph, rules, tensors, &options.allowed_tensors)?;
-    Ok(Compiled { repository, description, model, lowered, plan })
+    let (rules, checkpoint) = (&description.rules, &repository.checkpoint);
+    let parameters = bind::parameters(&model, rules, checkpoint)?;
+    let (stored, shard_size) = match options.weights {
+        Weights::Link { .. } => (Some(bind::stored(&parameters, checkpoint)), None),
+        Weights::Pack { shard_size } => (None, shard_size),
+    };
+    let lowered = lower::lower(&model, &options.lowering(stored.as_ref()))?;
+    let plan = bind::plan(parameters, &lowered.graph, rules, checkpoint, &options.allowed_tensors)?;
+    let layout = Layout::new(&plan, checkpoint, shard_size)?;
+    Ok(Compiled { repository, description, model, lowered, plan, layout })
+}
+
+/// What it takes to build and to load a model, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Cost {
+    /// The graph file.
+    pub graph: u64,
+    /// Weights that are written.
+    pub written: u64,
+    /// Weights that stay in the checkpoint's files.
+    pub linked: u64,
+    /// Memory that every session spends on matrices which are stored narrower than they are used.
+    pub widened: u64,
 }
 
 /// A directory that is written but not yet in its place.
@@ -81,6 +127,8 @@ pub struct Written {
     manifest: Manifest,
     /// The files beside the model.
     pub files: ConsumerFiles,
+    /// What became of the checkpoint's files that the graph refers to.
+    pub links: LinkReport,
 }
 
 /// Writes a compiled model into a directory beside `output`; [`Written::commit`] puts it in its place.
@@ -92,24 +140,21 @@ pub fn write(
     force: Force,
     progress: impl FnMut(u64) + Send,
 ) -> Result<Written> {
+    let proto = compiled.encode(options);
+    write::check_space(output, compiled.layout.written_bytes().saturating_add(proto.len() as u64))?;
     let staging = Staging::new(output, force)?;
-    let io = |path: &Path| {
-        let path = path.to_owned();
-        move |e: std::io::Error| Error::io(&path, &e)
-    };
     let folder = staging.path().join("onnx");
-    fs::create_dir_all(&folder).map_err(io(&folder))?;
+    fs::create_dir_all(&folder).map_err(|error| Error::io(&folder, &error))?;
     let name = options.file_name();
-    let data_name = format!("{name}_data");
-    let mut writer = ExternalWriter::create(&folder.join(&data_name), progress)?;
-    let extents = write::stream(&compiled.plan, &compiled.repository.checkpoint, &mut writer)?;
-    let data = writer.finish()?;
-    let proto = write::encode(&compiled.lowered.graph, options.target, &compiled.plan, &extents, &data_name);
+    let (plan, layout, checkpoint) = (&compiled.plan, &compiled.layout, &compiled.repository.checkpoint);
+    let links = write::link(checkpoint, &layout.linked, &folder)?;
+    let hash = matches!(options.weights, Weights::Pack { .. } | Weights::Link { hash: true });
+    let streamed = write::stream(plan, layout, checkpoint, (&folder, &name), hash, progress)?;
     let graph = folder.join(&name);
-    fs::write(&graph, proto).map_err(io(&graph))?;
+    fs::write(&graph, &proto).map_err(|error| Error::io(&graph, &error))?;
     let files = write::write_consumer_files(&compiled.repository, &compiled.signature(options), staging.path())?;
-    let manifest = Manifest::new(compiled, options, data, &graph)?;
-    let written = Written { staging, manifest, files };
+    let manifest = Manifest::new(compiled, options, streamed, hash_bytes(&name, &proto))?;
+    let written = Written { staging, manifest, files, links };
     written.write_manifest()?;
     Ok(written)
 }
@@ -139,84 +184,54 @@ impl Written {
     }
 }
 
-/// `hf2onnx.json`: what was built, from what, and how far it was verified.
-#[derive(Debug, Serialize)]
-struct Manifest {
-    hf2onnx: &'static str,
-    target: String,
-    dtype: String,
-    padding: &'static str,
-    logits: &'static str,
-    onnx: String,
-    verified: Option<Value>,
-    sources: Vec<FileHash>,
-    outputs: Vec<FileHash>,
-    spec: ModelSpec,
-    config_keys: Accounting,
-    parameters: Vec<ParameterEntry>,
-    dropped_tensors: std::collections::BTreeMap<String, String>,
-    lowering: Vec<Note>,
-}
-
-/// What a parameter was made from.
-#[derive(Debug, Serialize)]
-struct ParameterEntry {
-    name: String,
-    shape: Vec<usize>,
-    from: String,
-}
-
-impl Manifest {
-    fn new(compiled: &Compiled, options: &Options, data: FileHash, graph: &Path) -> Result<Self> {
-        let repository = &compiled.repository;
-        let mut sources = vec![repository.dir.join("config.json")];
-        sources.extend(repository.checkpoint.files().iter().map(|file| file.path.clone()));
-        let mut outputs = hash_files(&[graph])?;
-        outputs.push(data);
-        let parameters = compiled.plan.parameters.iter().map(|parameter| ParameterEntry {
-            name: parameter.name.clone(),
-            shape: parameter.shape.clone(),
-            from: parameter.weight.to_string(),
-        });
-        Ok(Self {
-            hf2onnx: env!("CARGO_PKG_VERSION"),
-            target: options.target.name.clone(),
-            dtype: options.element.to_string(),
-            padding: match options.padding {
-                Padding::Any => "any",
-                Padding::Right => "right",
-            },
-            logits: match options.logits {
-                Logits::All => "all",
-                Logits::Last => "last",
-            },
-            onnx: format!("onnx/{}", options.file_name()),
-            verified: None,
-            sources: hash_files(&sources)?,
-            outputs,
-            spec: compiled.description.spec.clone(),
-            config_keys: compiled.description.accounting.clone(),
-            parameters: parameters.collect(),
-            dropped_tensors: compiled.plan.dropped.clone(),
-            lowering: compiled.lowered.notes.clone(),
-        })
-    }
-}
-
 impl Options {
     /// What lowering takes of it.
-    pub fn lowering(&self) -> lower::Options {
-        lower::Options { target: self.target, element: self.element, padding: self.padding }
+    pub fn lowering<'s>(&self, stored: Option<&'s Stored>) -> lower::Options<'s> {
+        lower::Options { target: self.target, element: self.element, padding: self.padding, stored }
+    }
+
+    /// What the graph computes in.
+    pub fn computed(&self) -> ElementType {
+        self.target.compute.unwrap_or(self.element)
     }
 
     /// Name of the graph file; the suffixes are those by which transformers.js asks for a type.
     fn file_name(&self) -> String {
-        let suffix = if self.element == ElementType::F16 { "_fp16" } else { "" };
+        let suffix = match self.element {
+            ElementType::F16 => "_fp16",
+            ElementType::BF16 => "_bf16",
+            _ => "",
+        };
         format!("model{suffix}.onnx")
     }
 }
 
 impl Compiled {
+    /// The graph file.
+    pub fn encode(&self, options: &Options) -> Vec<u8> {
+        let name = options.file_name();
+        let location = |file: DataFile| match file {
+            DataFile::Written(index) => data_name(&name, index),
+            // Names inside a repository are written with `/` on every system.
+            DataFile::Linked(index) => {
+                self.repository.checkpoint.files().get(index).map_or(String::new(), |file| file.name.clone())
+            }
+        };
+        write::encode(&self.lowered.graph, options.target, &self.plan, &self.layout.extents, location)
+    }
+
+    /// What it takes to build and to load this model.
+    pub fn cost(&self, options: &Options) -> Cost {
+        let narrow = |i: &&Initializer| i.shape.len() > 1 && i.element.size() < options.computed().size();
+        let widened = self.plan.initializers.iter().filter(narrow);
+        Cost {
+            graph: self.encode(options).len() as u64,
+            written: self.layout.written_bytes(),
+            linked: self.layout.linked_bytes(),
+            widened: widened.map(|i| i.bytes() / i.element.size() as u64 * options.computed().size() as u64).sum(),
+        }
+    }
+
     /// What consumers are told of the model. Where layers differ, the first one speaks for them: consumers
     /// take the cache's shapes from the graph.
     fn signature(&self, options: &Options) -> Signature {
@@ -226,8 +241,8 @@ impl Compiled {
         Signature {
             onnx_file: format!("onnx/{}", options.file_name()),
             dtype: options.element,
-            cache: options.target.compute.unwrap_or(options.element),
-            data_files: 1,
+            cache: options.computed(),
+            data_files: self.layout.written.len(),
             vocab_size: spec.vocab_size,
             context_length: options.max_length.unwrap_or(spec.context_length).min(spec.context_length),
             hidden_size: spec.hidden_size,

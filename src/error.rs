@@ -47,6 +47,8 @@ pub enum Code {
     SpecInvalid,
     /// A node does not fit its operator's schema.
     NodeInvalid,
+    /// The disk has no room for the output.
+    DiskFull,
     /// The output directory exists.
     OutputExists,
     /// onnxruntime's library was not found or can not be used.
@@ -86,6 +88,7 @@ impl Code {
             Self::ExpressionFailed => "expression-failed",
             Self::SpecInvalid => "spec-invalid",
             Self::NodeInvalid => "node-invalid",
+            Self::DiskFull => "disk-full",
             Self::OutputExists => "output-exists",
             Self::RuntimeMissing => "runtime-missing",
             Self::RuntimeFailed => "runtime-failed",

@@ -41,9 +41,20 @@ pub struct Split {
     pub index: usize,
 }
 
+/// Consecutive elements of a tensor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Part<'w> {
+    /// The tensor's name.
+    pub tensor: &'w str,
+    /// Elements before it.
+    pub first: usize,
+    /// Its elements.
+    pub count: usize,
+}
+
 impl Split {
     /// Where this piece starts within a block, how long it is there, and the block's length.
-    fn block(&self) -> Result<(usize, usize, usize), String> {
+    pub(crate) fn block(&self) -> Result<(usize, usize, usize), String> {
         let groups = self.groups.max(1);
         if let Some(odd) = self.sizes.iter().find(|size| *size % groups != 0) {
             return Err(format!("{odd} rows do not divide into {groups} groups"));
@@ -89,10 +100,32 @@ impl Weight {
         })
     }
 
-    /// Shape of the result, given the shapes of the sources.
-    pub fn shape<'a>(&self, of: &impl Fn(&str) -> Option<&'a [usize]>) -> Result<Vec<usize>, String> {
+    /// The part of one tensor whose bytes, as they are stored, are the result.
+    pub fn contiguous(&self, of: &impl Fn(&str) -> Option<Vec<usize>>) -> Option<Part<'_>> {
         match self {
-            Self::Source(name) => of(name).map(<[usize]>::to_vec).ok_or_else(|| format!("there is no {name}")),
+            Self::Source(name) => Some(Part { tensor: name, first: 0, count: of(name)?.iter().product() }),
+            Self::Reshape(_, inner) => inner.contiguous(of),
+            Self::Concat(_, parts) | Self::Stack(parts) | Self::Interleave(_, parts) => match parts.as_slice() {
+                [only] => only.contiguous(of),
+                _ => None,
+            },
+            Self::Split(split, inner) => {
+                let shape = inner.shape(of).ok()?;
+                let (start, length, block) = split.block().ok()?;
+                let outer: usize = shape.iter().take(split.axis).product::<usize>() * split.groups.max(1);
+                let row: usize = shape.iter().skip(split.axis + 1).product();
+                let part = inner.contiguous(of)?;
+                let whole = outer == 1 || length == block;
+                whole.then(|| Part { first: part.first + start * row, count: outer * length * row, ..part })
+            }
+            Self::Transpose(_) | Self::AddOne(_) => None,
+        }
+    }
+
+    /// Shape of the result, given the shapes of the sources.
+    pub fn shape(&self, of: &impl Fn(&str) -> Option<Vec<usize>>) -> Result<Vec<usize>, String> {
+        match self {
+            Self::Source(name) => of(name).ok_or_else(|| format!("there is no {name}")),
             Self::AddOne(inner) => inner.shape(of),
             Self::Reshape(shape, inner) => {
                 let from = inner.shape(of)?;
@@ -139,7 +172,7 @@ impl Weight {
     }
 }
 
-fn same_shapes<'a>(parts: &[Weight], of: &impl Fn(&str) -> Option<&'a [usize]>) -> Result<Vec<usize>, String> {
+fn same_shapes(parts: &[Weight], of: &impl Fn(&str) -> Option<Vec<usize>>) -> Result<Vec<usize>, String> {
     let first = parts.first().ok_or("nothing to join")?;
     let shape = first.shape(of)?;
     for part in parts {
@@ -151,11 +184,7 @@ fn same_shapes<'a>(parts: &[Weight], of: &impl Fn(&str) -> Option<&'a [usize]>) 
     Ok(shape)
 }
 
-fn concat_shape<'a>(
-    axis: usize,
-    parts: &[Weight],
-    of: &impl Fn(&str) -> Option<&'a [usize]>,
-) -> Result<Vec<usize>, String> {
+fn concat_shape(axis: usize, parts: &[Weight], of: &impl Fn(&str) -> Option<Vec<usize>>) -> Result<Vec<usize>, String> {
     let first = parts.first().ok_or("nothing to join")?;
     let mut shape = first.shape(of)?;
     let mut total = 0;
@@ -209,5 +238,7 @@ fn list(parts: &[Weight]) -> String {
     }
 }
 
+mod convert;
 mod evaluate;
-pub use evaluate::{Tensor, evaluate};
+pub(crate) use convert::convert;
+pub use evaluate::{Evaluation, Tensors};

@@ -11,7 +11,7 @@ use std::time::Instant;
 use common::models::{TARGETS, build_with, options, runtime};
 use common::{Case, TestResult, cases, kjv_llama, scratch};
 use hf2onnx::build::Logits;
-use hf2onnx::compile::Options;
+use hf2onnx::compile::{Options, Weights};
 use hf2onnx::describe::Catalogue;
 use hf2onnx::element::ElementType;
 use hf2onnx::generate::sampling::Sampling;
@@ -148,6 +148,24 @@ fn float16() -> TestResult {
         jobs.push(job);
     }
     must_hold("float16", &jobs)
+}
+
+/// Every case with its weights in the checkpoint's own files, on the target with the most operators of its own; a few
+/// on the others. The checkpoint and the output have to lie on one file system for links.
+#[test]
+fn linked_weights() -> TestResult {
+    let cases = cases()?;
+    let mut jobs: Vec<Job> = cases.iter().map(|case| Job::new(case, "ort-cpu")).collect::<Result<_, _>>()?;
+    for name in ["llama", "mixtral", "gpt2", "gpt_neox", "gpt_oss", "phi3", "gemma2", "deepseek_v3"] {
+        for target in ["standard", "primitive"] {
+            jobs.push(Job::new(&Case::named(name)?, target)?);
+        }
+    }
+    for job in &mut jobs {
+        job.name += " with --weights link";
+        job.options.weights = Weights::Link { hash: false };
+    }
+    must_hold("--weights link", &jobs)
 }
 
 #[test]

@@ -19,7 +19,7 @@ use hf2onnx::golden::Golden;
 use hf2onnx::read::Repository;
 use hf2onnx::session::{self, Decoder, IntMatrix};
 use hf2onnx::spec::ModelSpec;
-use hf2onnx::write::{ExternalWriter, encode, stream};
+use hf2onnx::write::stream;
 use rayon::prelude::*;
 use serde_json::{Value, json};
 
@@ -174,10 +174,9 @@ impl Model {
 /// Writes a model without the files beside it.
 fn write(options: &Options, description: Description, folder: &Path) -> hf2onnx::error::Result<()> {
     let compiled = compile_description(Repository::open(&options.repository)?, description, options)?;
-    let mut writer = ExternalWriter::create(&folder.join("model.onnx_data"), |_| {})?;
-    let extents = stream(&compiled.plan, &compiled.repository.checkpoint, &mut writer)?;
-    writer.finish()?;
-    let bytes = encode(&compiled.lowered.graph, options.target, &compiled.plan, &extents, "model.onnx_data");
+    let (plan, layout) = (&compiled.plan, &compiled.layout);
+    stream(plan, layout, &compiled.repository.checkpoint, (folder, "model.onnx"), false, |_| {})?;
+    let bytes = compiled.encode(options);
     let path = folder.join("model.onnx");
     std::fs::write(&path, bytes).map_err(|error| hf2onnx::error::Error::io(&path, &error))
 }

@@ -6,4 +6,4 @@
 
 mod plan;
 
-pub use plan::{Initializer, Parameter, Plan, plan};
+pub use plan::{Initializer, Linked, Parameter, Plan, parameters, plan, stored};

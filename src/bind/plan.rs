@@ -7,7 +7,7 @@ use crate::describe::TensorRules;
 use crate::element::ElementType;
 use crate::error::{Code, Error, Result};
 use crate::graph::{Dim, Graph, Source, ValueId};
-use crate::lower::{Constant, Onnx};
+use crate::lower::{Constant, Onnx, Stored};
 use crate::read::Checkpoint;
 use crate::weight::Weight;
 
@@ -35,6 +35,19 @@ pub struct Initializer {
     pub shape: Vec<usize>,
     /// From tensors of the checkpoint.
     pub weight: Weight,
+    /// Where its bytes lie in the checkpoint, if the graph takes them from there.
+    pub linked: Option<Linked>,
+}
+
+/// Bytes in a file of the checkpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Linked {
+    /// Which of the checkpoint's files.
+    pub file: usize,
+    /// Bytes before it, from the start of the file.
+    pub offset: u64,
+    /// Its bytes.
+    pub length: u64,
 }
 
 impl Initializer {
@@ -55,38 +68,77 @@ pub struct Parameter {
     pub weight: Weight,
 }
 
-/// Plans the binding of a lowered graph.
+/// Binds every parameter of a model to tensors of the checkpoint.
+pub fn parameters(model: &Graph<Model>, rules: &TensorRules, checkpoint: &Checkpoint) -> Result<Vec<Parameter>> {
+    let shapes = parameter_shapes(model);
+    let bound = shapes.iter().map(|(name, shape)| {
+        let weight = bind(name, shape, rules, &shapes, checkpoint)?;
+        Ok(Parameter { name: name.clone(), shape: shape.clone(), weight })
+    });
+    bound.collect()
+}
+
+/// How the checkpoint stores these parameters, for a graph that takes them from its files.
+pub fn stored(parameters: &[Parameter], checkpoint: &Checkpoint) -> Stored {
+    let tensor =
+        |name: &str| checkpoint.get(name).and_then(|tensor| Some((tensor.dtype.element()?, tensor.shape.clone())));
+    let tensors = parameters.iter().flat_map(|parameter| parameter.weight.sources());
+    Stored {
+        parameters: parameters.iter().map(|p| (p.name.clone(), p.weight.clone())).collect(),
+        tensors: tensors.filter_map(|name| Some((name.to_owned(), tensor(name)?))).collect(),
+    }
+}
+
+/// Plans where the initializers of a lowered graph come from.
 pub fn plan(
-    model: &Graph<Model>,
+    parameters: Vec<Parameter>,
     lowered: &Graph<Onnx>,
     rules: &TensorRules,
     checkpoint: &Checkpoint,
     allowed: &[String],
 ) -> Result<Plan> {
-    let shapes = parameter_shapes(model);
-    let mut parameters = Vec::new();
-    for (name, shape) in &shapes {
-        let weight = bind(name, shape, rules, &shapes, checkpoint)?;
-        parameters.push(Parameter { name: name.clone(), shape: shape.clone(), weight });
-    }
     let by_name: BTreeMap<&str, &Weight> = parameters.iter().map(|p| (p.name.as_str(), &p.weight)).collect();
     let mut initializers = Vec::new();
-    for (value, stored) in lowered.values() {
-        let Source::Literal(Constant::Weight(weight)) = &stored.source else { continue };
-        let weight = weight.substitute(&mut |name| {
-            let bound = by_name.get(name).map(|weight| (*weight).clone());
-            bound.ok_or_else(|| Error::new(Code::SpecInvalid, name).found("an initializer of an unknown parameter"))
-        })?;
+    for (value, literal) in lowered.values() {
+        let (weight, linked) = match &literal.source {
+            Source::Literal(Constant::Weight(weight)) => {
+                let weight = weight.substitute(&mut |name| {
+                    let bound = by_name.get(name).map(|weight| (*weight).clone());
+                    let unknown =
+                        || Error::new(Code::SpecInvalid, name).found("an initializer of an unknown parameter");
+                    bound.ok_or_else(unknown)
+                })?;
+                (weight, None)
+            }
+            Source::Literal(Constant::Stored(weight)) => (weight.clone(), Some(linked(weight, checkpoint)?)),
+            _ => continue,
+        };
         initializers.push(Initializer {
             value,
-            name: stored.name.clone(),
-            element: stored.ty.element,
-            shape: fixed(&stored.ty.shape),
+            name: literal.name.clone(),
+            element: literal.ty.element,
+            shape: fixed(&literal.ty.shape),
             weight,
+            linked,
         });
     }
     let dropped = left_over(&parameters, rules, checkpoint, allowed)?;
     Ok(Plan { initializers, parameters, dropped })
+}
+
+/// Where the bytes of an expression that is a part of one tensor lie.
+fn linked(weight: &Weight, checkpoint: &Checkpoint) -> Result<Linked> {
+    let shape = |name: &str| checkpoint.get(name).map(|tensor| tensor.shape.clone());
+    let part = weight.contiguous(&shape).and_then(|part| {
+        let tensor = checkpoint.get(part.tensor)?;
+        let size = tensor.dtype.element()?.size() as u64;
+        let (first, length) = ((part.first as u64).checked_mul(size)?, (part.count as u64).checked_mul(size)?);
+        let inside = first.checked_add(length)? <= tensor.length;
+        inside.then_some(Linked { file: tensor.file, offset: tensor.offset.checked_add(first)?, length })
+    });
+    part.ok_or_else(|| {
+        Error::new(Code::SpecInvalid, weight).found("a linked initializer that is no part of one tensor")
+    })
 }
 
 fn fixed(shape: &[Dim]) -> Vec<usize> {
@@ -121,7 +173,7 @@ fn bind(
                 .help("use the checkpoint from which this one was quantised"));
         }
     }
-    let of = |tensor: &str| checkpoint.get(tensor).map(|info| info.shape.as_slice());
+    let of = |tensor: &str| checkpoint.get(tensor).map(|info| info.shape.clone());
     let subject = || format!("tensor {} for parameter {name}", weight.sources().join(", "));
     let found = weight.shape(&of).map_err(|reason| Error::new(Code::TensorShape, subject()).found(reason))?;
     // Python broadcasts nothing here, but a scalar gate may be stored as [1].

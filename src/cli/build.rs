@@ -3,20 +3,20 @@
 use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use serde_json::json;
 
 use super::verify::{judge, print_report};
 use super::{Output, RuntimeOption};
 use crate::build::Logits;
-use crate::compile::{self, Compiled, Written, compile};
+use crate::compile::{self, Compiled, Cost, Weights, Written, compile};
 use crate::element::ElementType;
 use crate::error::{Code, Error, Result};
 use crate::golden::Golden;
 use crate::lower;
 use crate::opset::Target;
 use crate::verify::{Options, Report, against_golden, consistency};
-use crate::write::Force;
+use crate::write::{Force, LinkReport, free_space};
 
 /// Compile a repository into an ONNX directory.
 ///
@@ -38,6 +38,9 @@ pub(super) struct Build {
     /// Replace a directory that hf2onnx wrote before
     #[arg(long)]
     force: bool,
+    /// Do everything but write: say what the output takes on disk, in time and in memory
+    #[arg(long, conflicts_with = "verify")]
+    dry_run: bool,
     #[command(flatten)]
     runtime: RuntimeOption,
 }
@@ -62,6 +65,15 @@ pub(super) struct ModelOptions {
     /// Longest sequence that consumers are told of [default: the model's own]
     #[arg(long, value_name = "N")]
     max_length: Option<usize>,
+    /// Where the graph finds its weights
+    #[arg(long, value_enum, default_value_t = WeightsOption::Pack)]
+    weights: WeightsOption,
+    /// Split written weights into files of at most this size: 2GB, 500MB, 1GiB
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    shard_size: Option<u64>,
+    /// With `--weights link`: read the linked files once, to record their sha256
+    #[arg(long)]
+    hash_linked: bool,
     /// Describe the model by this template instead of a built-in one
     #[arg(long, value_name = "FILE")]
     template: Option<PathBuf>,
@@ -79,6 +91,16 @@ enum Dtype {
     F32,
     /// float16: half the size, as exact as the weights are rounded
     F16,
+    /// bfloat16: half the size, and what most checkpoints hold
+    Bf16,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum WeightsOption {
+    /// In files of the output's own, in `--dtype`
+    Pack,
+    /// In the checkpoint's own files, hard-linked into the output: no room, no time; whoever writes into those files changes the model
+    Link,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -97,6 +119,28 @@ enum LogitsOption {
     Last,
 }
 
+/// `2GB`, `500MB`, `1.5GiB` or a number of bytes.
+fn size(text: &str) -> Result<u64, String> {
+    const UNITS: [(&str, u64); 7] = [
+        ("KIB", 1 << 10),
+        ("MIB", 1 << 20),
+        ("GIB", 1 << 30),
+        ("KB", 1_000),
+        ("MB", 1_000_000),
+        ("GB", 1_000_000_000),
+        ("B", 1),
+    ];
+    let upper = text.trim().to_ascii_uppercase();
+    let unit = UNITS.iter().find_map(|(name, unit)| upper.strip_suffix(name).map(|number| (number, *unit)));
+    let (number, unit) = unit.unwrap_or((&upper, 1));
+    let refused = || format!("`{text}` is no size such as 2GB or 500MB");
+    let number: f64 = number.trim().parse().map_err(|_| refused())?;
+    #[expect(clippy::cast_precision_loss, reason = "a size in whole units stays exact")]
+    let bytes = number * unit as f64;
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "the range is checked")]
+    if (1.0..1e18).contains(&bytes) { Ok(bytes as u64) } else { Err(refused()) }
+}
+
 fn target(name: &str) -> Result<&'static Target, String> {
     Target::named(name).map_err(|e| e.expected)
 }
@@ -107,6 +151,7 @@ impl ModelOptions {
         if self.max_length == Some(0) {
             return Err(Error::new(Code::UsageInvalid, "--max-length").found(0).expected("a length from 1 up"));
         }
+        self.check_dtype()?;
         Ok(compile::Options {
             repository: self.repo.clone(),
             template: self.template.clone(),
@@ -114,7 +159,9 @@ impl ModelOptions {
             element: match self.dtype {
                 Dtype::F32 => ElementType::F32,
                 Dtype::F16 => ElementType::F16,
+                Dtype::Bf16 => ElementType::BF16,
             },
+            weights: self.weights()?,
             padding: match self.padding {
                 Padding::Any => lower::Padding::Any,
                 Padding::Right => lower::Padding::Right,
@@ -130,15 +177,42 @@ impl ModelOptions {
     }
 }
 
+impl ModelOptions {
+    fn weights(&self) -> Result<Weights> {
+        let refused = |flag: &str, found: &str| {
+            let error = Error::new(Code::UsageInvalid, flag).found(found);
+            Err(error.help("leave one of the two away"))
+        };
+        match self.weights {
+            WeightsOption::Pack if self.hash_linked => refused("--hash-linked", "no --weights link beside it"),
+            WeightsOption::Link if self.shard_size.is_some() => refused("--shard-size", "--weights link beside it"),
+            WeightsOption::Pack => Ok(Weights::Pack { shard_size: self.shard_size }),
+            WeightsOption::Link => Ok(Weights::Link { hash: self.hash_linked }),
+        }
+    }
+
+    fn check_dtype(&self) -> Result<()> {
+        if self.weights == WeightsOption::Link && self.dtype != Dtype::F32 && self.target.compute.is_some() {
+            return Err(Error::new(Code::UsageInvalid, "--dtype")
+                .found("--weights link beside it")
+                .expected("linked weights, which keep the type that they have, or packed ones of another")
+                .help("leave --dtype away, or use --weights pack"));
+        }
+        Ok(())
+    }
+}
+
 impl Build {
     /// Runs the command.
     pub(super) fn run(self, output: &mut Output) -> Result<()> {
         let options = self.model.compile_options()?;
         let golden = self.golden()?;
         let compiled = compile(&options)?;
+        if self.dry_run {
+            return self.foretell(&compiled, &options, output);
+        }
         let force = if self.force { Force::Yes } else { Force::No };
-        let bytes = compiled.plan.initializers.iter().map(crate::bind::Initializer::bytes).sum();
-        let bar = progress_bar(bytes, output);
+        let bar = progress_bar(compiled.layout.written_bytes(), output);
         let mut written = compile::write(&compiled, &options, &self.output, force, |n| bar.inc(n))?;
         bar.finish_and_clear();
         let report = match &self.verify {
@@ -146,11 +220,12 @@ impl Build {
             None => None,
         };
         let notes = written.files.notes.clone();
+        let links = written.links.clone();
         written.commit()?;
         for note in &notes {
             output.say(note);
         }
-        self.print(&compiled, bytes, report.as_ref(), output)
+        self.print(&compiled, &options, &links, report.as_ref(), output)
     }
 
     /// The golden to verify against, read before anything is built.
@@ -194,28 +269,89 @@ impl Build {
         Ok(report)
     }
 
-    fn print(&self, compiled: &Compiled, bytes: u64, report: Option<&Report>, output: &mut Output) -> Result<()> {
-        let spec = &compiled.description.spec;
+    fn print(
+        &self,
+        compiled: &Compiled,
+        options: &compile::Options,
+        links: &LinkReport,
+        report: Option<&Report>,
+        output: &mut Output,
+    ) -> Result<()> {
+        let (spec, cost) = (&compiled.description.spec, compiled.cost(options));
         if output.is_json() {
+            let copied: Vec<&str> = links.copied.iter().map(|(name, ..)| name.as_str()).collect();
             return output.value(&json!({
                 "output": self.output, "target": self.model.target.name, "model_type": spec.model_type,
-                "template": spec.template, "nodes": compiled.lowered.graph.nodes.len(), "bytes": bytes,
+                "template": spec.template, "nodes": compiled.lowered.graph.nodes.len(),
+                "bytes": cost.written + cost.linked, "cost": cost, "linked": links.linked, "copied": copied,
                 "verified": report,
             }));
         }
         if let Some(report) = report {
             output.line(&report.to_string());
         }
-        let size = indicatif::HumanBytes(bytes);
+        for (name, size, reason) in &links.copied {
+            output.say(&format!("{name} ({}) was copied and not linked: {reason}", HumanBytes(*size)));
+        }
+        if let Some(load) = load_words(&cost) {
+            output.say(&load);
+        }
         output.line(&format!(
-            "{}: {} ({}), target {}, {size} of weights",
+            "{}: {} ({}), target {}, {}",
             self.output.display(),
             spec.model_type,
             spec.template,
             self.model.target.name,
+            weight_words(&cost),
         ));
         Ok(())
     }
+
+    /// What the build would take.
+    fn foretell(&self, compiled: &Compiled, options: &compile::Options, output: &mut Output) -> Result<()> {
+        let (cost, free) = (compiled.cost(options), free_space(&self.output));
+        let files = compiled.layout.written.len();
+        let disk = cost.written + cost.graph;
+        #[expect(clippy::cast_precision_loss, reason = "an estimate")]
+        let seconds = disk as f64 / BYTES_PER_SECOND;
+        if output.is_json() {
+            return output.value(&json!({
+                "output": self.output, "nodes": compiled.lowered.graph.nodes.len(), "cost": cost, "data_files": files,
+                "disk_bytes": disk, "free_bytes": free, "seconds": seconds,
+            }));
+        }
+        output.line(&format!("{}: {}", self.output.display(), weight_words(&cost)));
+        output.line(&format!("  graph  {} in {} nodes", HumanBytes(cost.graph), compiled.lowered.graph.nodes.len()));
+        let free = free.map_or(String::new(), |free| format!(", {} are free", HumanBytes(free)));
+        output.line(&format!("  disk   {} in {files} data files{free}", HumanBytes(disk)));
+        output.line(&format!("  time   about {seconds:.1} s, if the disk writes 1 GB in a second"));
+        if let Some(load) = load_words(&cost) {
+            output.line(&format!("  load   {load}"));
+        }
+        Ok(())
+    }
+}
+
+/// What a disk of today and two cores come to; only an estimate hangs on it.
+const BYTES_PER_SECOND: f64 = 1e9;
+
+fn weight_words(cost: &Cost) -> String {
+    match (cost.linked, cost.written) {
+        (0, written) => format!("{} of weights", HumanBytes(written)),
+        (linked, 0) => format!("{} of weights linked", HumanBytes(linked)),
+        (linked, written) => format!("{} of weights linked, {} written", HumanBytes(linked), HumanBytes(written)),
+    }
+}
+
+/// What every session pays for weights that are narrower than what is computed in.
+fn load_words(cost: &Cost) -> Option<String> {
+    let words = || {
+        format!(
+            "each session widens its matrices to {} of float32 when it loads; --weights pack --dtype f32 avoids it",
+            HumanBytes(cost.widened)
+        )
+    };
+    (cost.widened > 0).then(words)
 }
 
 /// Where the witness of a consistency check is staged: never committed, so nothing appears there.

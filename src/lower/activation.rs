@@ -6,7 +6,7 @@ use crate::error::{Code, Error, Result};
 use crate::graph::ValueId;
 use crate::spec::Activation;
 
-impl Lowerer {
+impl Lowerer<'_> {
     pub(super) fn activate(&mut self, activation: Activation, x: ValueId, slopes: &[ValueId]) -> Result<ValueId> {
         match (activation, slopes) {
             (Activation::Silu, _) => self.swish(x, 1.0),

@@ -35,7 +35,7 @@ impl Operands {
     }
 }
 
-impl Lowerer {
+impl Lowerer<'_> {
     pub(super) fn attention(&mut self, op: &AttentionOp, operands: &[ValueId]) -> Result<Vec<ValueId>> {
         let operands = Operands::new(op, operands)?;
         self.first_form("attention", |s, form| match form {

@@ -6,7 +6,7 @@ use crate::element::ElementType;
 use crate::error::{Code, Error, Result};
 use crate::graph::{Dim, ValueId};
 
-impl Lowerer {
+impl Lowerer<'_> {
     /// The composite operations that have one form on every target.
     pub(super) fn combination(&mut self, scope: &str, op: &Composite, operands: &[ValueId]) -> Result<Vec<ValueId>> {
         let one = match (op, operands) {

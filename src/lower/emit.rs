@@ -188,10 +188,19 @@ impl Emitter {
 
     /// An initializer made from parameters; asked for twice, it is the same value.
     pub(super) fn weight(&mut self, name: &str, ty: Type<ElementType>, weight: Weight) -> ValueId {
+        self.literal(name, ty, Constant::Weight(weight))
+    }
+
+    /// An initializer that is a part of one tensor of the checkpoint.
+    pub(super) fn stored(&mut self, name: &str, ty: Type<ElementType>, weight: Weight) -> ValueId {
+        self.literal(name, ty, Constant::Stored(weight))
+    }
+
+    fn literal(&mut self, name: &str, ty: Type<ElementType>, constant: Constant) -> ValueId {
         if let Some(known) = self.literals.get(name) {
             return *known;
         }
-        let id = self.graph.add_value(name.to_owned(), ty, Source::Literal(Constant::Weight(weight)));
+        let id = self.graph.add_value(name.to_owned(), ty, Source::Literal(constant));
         self.literals.insert(name.to_owned(), id);
         id
     }

@@ -7,7 +7,7 @@ use crate::element::ElementType;
 use crate::error::Result;
 use crate::graph::ValueId;
 
-impl Lowerer {
+impl Lowerer<'_> {
     /// What is added to the scores `[B, 1, S, T]`, and the present keys `[B, T, D]`.
     ///
     /// ```text

@@ -31,7 +31,7 @@ fn slopes(heads: usize, max: f64, rounded: bool) -> Vec<f32> {
     first.chain(rest).map(single).collect()
 }
 
-impl Lowerer {
+impl Lowerer<'_> {
     /// Shape of a graph input, as a tensor.
     pub(super) fn shape_of(&mut self, input: &str) -> Result<ValueId> {
         self.share(&format!("lengths/shape_of_{input}"), |s| {

@@ -10,6 +10,7 @@ mod combination;
 mod emit;
 mod indexer;
 mod infer;
+mod link;
 mod masks;
 mod moe;
 mod norm;
@@ -18,6 +19,7 @@ mod position;
 mod rope;
 mod rotary;
 
+pub use link::Stored;
 pub use onnx_graph::{Attribute, Constant, MICROSOFT, Onnx, Operator};
 
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -42,13 +44,15 @@ pub enum Padding {
 
 /// What a graph is lowered for.
 #[derive(Debug, Clone, Copy)]
-pub struct Options {
+pub struct Options<'s> {
     /// The operators that exist.
     pub target: &'static Target,
     /// Float type of weights; and of caches and computation, unless the target has one of its own for those.
     pub element: ElementType,
     /// Padding that must be exact.
     pub padding: Padding,
+    /// How the checkpoint stores parameters, if the graph is to take them from its files as they are.
+    pub stored: Option<&'s Stored>,
 }
 
 /// An ONNX graph, and why it is not made of better operators.
@@ -106,9 +110,9 @@ pub fn lower(model: &Graph<Model>, options: &Options) -> Result<Lowered> {
     Ok(Lowered { graph: lowerer.e.graph, notes: lowerer.notes.into_values().collect() })
 }
 
-struct Lowerer {
+struct Lowerer<'s> {
     e: Emitter,
-    options: Options,
+    options: Options<'s>,
     /// Lowered values of the model's graph.
     values: HashMap<ValueId, ValueId>,
     /// Lowered values that carry the name of one in the model's graph.
@@ -118,7 +122,7 @@ struct Lowerer {
     notes: BTreeMap<(String, String, String), Note>,
 }
 
-impl Lowerer {
+impl Lowerer<'_> {
     fn element(&self, kind: Kind) -> ElementType {
         match kind {
             Kind::Real => self.compute(),
@@ -136,6 +140,9 @@ impl Lowerer {
     /// is computed in, which the session folds at load; vectors and what is computed in full are stored as computed.
     fn parameter(&mut self, name: &str, ty: Type<ElementType>, kind: Kind, weight: Weight) -> Result<ValueId> {
         let computed = ty.element;
+        if let Some(linked) = self.linked(name, &ty, &weight)? {
+            return Ok(linked);
+        }
         let stored = match kind {
             Kind::Real if ty.shape.len() > 1 => self.options.element,
             _ => computed,

@@ -34,7 +34,7 @@ struct FusedRouting {
     scale: Option<ValueId>,
 }
 
-impl Lowerer {
+impl Lowerer<'_> {
     pub(super) fn moe(&mut self, op: &MoeOp, model: &Graph<Model>, ids: &[ValueId]) -> Result<ValueId> {
         let mut rest = ids.iter().copied();
         let mut next = || rest.next().ok_or_else(|| Error::new(Code::SpecInvalid, "Moe").found("too few operands"));

@@ -15,7 +15,7 @@ struct Affine {
     bias: Option<ValueId>,
 }
 
-impl Lowerer {
+impl Lowerer<'_> {
     pub(super) fn norm(&mut self, op: NormOp, model: &Graph<Model>, ids: &[ValueId]) -> Result<ValueId> {
         let x = self.operand(model, ids, 0)?;
         let affine = self.affine(op, model, ids, 1, x)?;

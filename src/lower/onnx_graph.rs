@@ -24,8 +24,10 @@ impl Dialect for Onnx {
 pub enum Constant {
     /// Bytes that stand in the graph file.
     Inline(Vec<u8>),
-    /// Made from the checkpoint, and stored beside the graph.
+    /// Made from parameters, and stored beside the graph.
     Weight(Weight),
+    /// A part of one tensor of the checkpoint, as its file has it.
+    Stored(Weight),
 }
 
 impl fmt::Display for Constant {
@@ -33,6 +35,7 @@ impl fmt::Display for Constant {
         match self {
             Self::Inline(bytes) => write!(f, "constant<{} bytes>", bytes.len()),
             Self::Weight(weight) => write!(f, "weight<{weight}>"),
+            Self::Stored(weight) => write!(f, "stored<{weight}>"),
         }
     }
 }

@@ -7,7 +7,7 @@ use crate::error::Result;
 use crate::graph::ValueId;
 use crate::spec::PositionScale;
 
-impl Lowerer {
+impl Lowerer<'_> {
     /// Positions plus a constant.
     pub(super) fn shift(&mut self, offset: usize, positions: ValueId) -> Result<ValueId> {
         let offset = self.e.int(i64::try_from(offset).unwrap_or(i64::MAX));

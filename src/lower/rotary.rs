@@ -10,7 +10,7 @@ use crate::error::Result;
 use crate::graph::{Dim, ValueId};
 use crate::spec::{Rope, RopeLayout};
 
-impl Lowerer {
+impl Lowerer<'_> {
     /// Cosine and sine of every position, `[B, S, size / 2]` each.
     pub(super) fn rope_table(&mut self, rope: &Rope, positions: ValueId) -> Result<Vec<ValueId>> {
         let ids = positions;

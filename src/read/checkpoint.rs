@@ -3,9 +3,9 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
+use super::file::StableFile;
 use super::header::{Entry, quoted, read_header};
 use super::locate::{Index, Weights, locate};
-use super::map::LazyMap;
 use super::path::contained;
 use super::stored::StoredType;
 use crate::error::{Code, Error, Result};
@@ -38,12 +38,12 @@ pub struct ShardFile {
     pub size: u64,
 }
 
-/// The weights of a repository. Headers are read and checked when it is opened; data is mapped when
-/// it is asked for.
+/// The weights of a repository. Headers are read and checked when it is opened; data is read when
+/// it is asked for, piece by piece.
 #[derive(Debug)]
 pub struct Checkpoint {
     files: Vec<ShardFile>,
-    maps: Vec<LazyMap>,
+    stable: Vec<StableFile>,
     /// Sorted by name.
     tensors: Vec<TensorInfo>,
 }
@@ -53,7 +53,7 @@ impl Checkpoint {
     /// `model.safetensors.index.json` names, else every other safetensors file in it.
     pub fn open(dir: &Path) -> Result<Self> {
         let Weights { names, index } = locate(dir)?;
-        let mut checkpoint = Self { files: Vec::new(), maps: Vec::new(), tensors: Vec::new() };
+        let mut checkpoint = Self { files: Vec::new(), stable: Vec::new(), tensors: Vec::new() };
         for name in names {
             checkpoint.add_file(dir, name)?;
         }
@@ -81,21 +81,29 @@ impl Checkpoint {
         &self.files
     }
 
-    /// The bytes of a tensor, mapped, little-endian, and not necessarily aligned. An error when the
+    /// Reads the bytes of a tensor from `first` on, counted from its start, until `out` is full. An error when the
     /// file is no longer what it was when the checkpoint was opened.
-    pub fn bytes(&self, tensor: &TensorInfo) -> Result<&[u8]> {
-        let map = self.maps.get(tensor.file).ok_or_else(|| {
-            Error::new(Code::TensorMissing, quoted(&tensor.name)).found("a tensor of another checkpoint")
-        })?;
-        map.slice(tensor.offset, tensor.length)
+    pub fn read(&self, tensor: &TensorInfo, first: u64, out: &mut [u8]) -> Result<()> {
+        let end = first.saturating_add(out.len() as u64);
+        let (Some(file), true) = (self.stable.get(tensor.file), end <= tensor.length) else {
+            return Err(Error::new(Code::TensorMissing, quoted(&tensor.name))
+                .found(format!("bytes {first}..{end} of {}, or a tensor of another checkpoint", tensor.length)));
+        };
+        file.read(tensor.offset.saturating_add(first), out)
     }
 
-    /// Says that the bytes of a tensor are not needed soon, so that memory does not grow with the
-    /// checkpoint. They can be asked for again.
-    pub fn release(&self, tensor: &TensorInfo) {
-        if let Some(map) = self.maps.get(tensor.file) {
-            map.release(tensor.offset, tensor.length);
-        }
+    /// All bytes of a tensor, little-endian.
+    pub fn bytes(&self, tensor: &TensorInfo) -> Result<Vec<u8>> {
+        // The length was compared with the file's when the checkpoint was opened.
+        let length = usize::try_from(tensor.length).map_err(|_| Error::new(Code::Io, quoted(&tensor.name)))?;
+        let mut bytes = vec![0; length];
+        self.read(tensor, 0, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// An error if a file is no longer what it was when the checkpoint was opened.
+    pub fn check_unchanged(&self) -> Result<()> {
+        self.stable.iter().try_for_each(StableFile::check_unchanged)
     }
 
     fn add_file(&mut self, dir: &Path, name: String) -> Result<()> {
@@ -116,7 +124,7 @@ impl Checkpoint {
             let Entry { name, dtype, shape, offset, length } = entry;
             TensorInfo { name, dtype, shape, file: index, offset, length }
         }));
-        self.maps.push(LazyMap::new(&path, &metadata));
+        self.stable.push(StableFile::new(&path, &metadata));
         self.files.push(ShardFile { name, path, size: metadata.len() });
         Ok(())
     }

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rayon::prelude::*;
 use serde::Serialize;
@@ -17,22 +18,29 @@ pub struct FileHash {
     pub name: String,
     /// Size in bytes.
     pub size: u64,
-    /// SHA-256, in lower-case hexadecimal digits.
-    pub sha256: String,
+    /// SHA-256, in lower-case hexadecimal digits; none for a file that was not read as a whole.
+    pub sha256: Option<String>,
 }
 
 /// Hashes files on all cores, each streamed. The answers stand in the order of the paths.
 pub fn hash_files<P: AsRef<Path> + Sync>(paths: &[P]) -> Result<Vec<FileHash>> {
-    paths.par_iter().map(|path| hash_file(path.as_ref())).collect()
+    let never = AtomicBool::new(false);
+    paths.par_iter().map(|path| hash_file(path.as_ref(), &never)).collect()
 }
 
-fn hash_file(path: &Path) -> Result<FileHash> {
+/// The hash of a file that is still in memory.
+pub(crate) fn hash_bytes(name: &str, bytes: &[u8]) -> FileHash {
+    FileHash { name: name.to_owned(), size: bytes.len() as u64, sha256: Some(hex(&Sha256::digest(bytes))) }
+}
+
+/// Hashes a file from front to back; without an answer worth having once `stop` is set.
+pub(crate) fn hash_file(path: &Path, stop: &AtomicBool) -> Result<FileHash> {
     let io = |error: std::io::Error| Error::io(path, &error);
     let mut file = File::open(path).map_err(io)?;
     let mut hash = Sha256::new();
     let mut buffer = vec![0; 1 << 20];
     let mut size: u64 = 0;
-    loop {
+    while !stop.load(Ordering::Relaxed) {
         let count = match file.read(&mut buffer) {
             Ok(0) => break,
             Ok(count) => count,
@@ -42,7 +50,7 @@ fn hash_file(path: &Path) -> Result<FileHash> {
         hash.update(buffer.get(..count).unwrap_or_default());
         size = size.saturating_add(count as u64);
     }
-    Ok(FileHash { name: file_name(path), size, sha256: hex(&hash.finalize()) })
+    Ok(FileHash { name: file_name(path), size, sha256: Some(hex(&hash.finalize())) })
 }
 
 /// The last component of a path, as text.

@@ -4,11 +4,11 @@
 //! links that lead out of the repository are refused, and weights stay on disk until they are asked for.
 
 mod checkpoint;
+mod file;
 mod hash;
 mod header;
 mod json;
 mod locate;
-mod map;
 mod path;
 mod stored;
 
@@ -18,7 +18,7 @@ use serde_json::{Map, Value};
 
 pub use checkpoint::{Checkpoint, ShardFile, TensorInfo};
 pub use hash::{FileHash, hash_files};
-pub(crate) use hash::{file_name, hex};
+pub(crate) use hash::{file_name, hash_bytes, hash_file, hex};
 pub use json::json_file;
 pub use path::contained;
 pub use stored::StoredType;

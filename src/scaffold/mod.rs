@@ -152,9 +152,11 @@ fn check(template: &Template, repository: &Repository) -> Result<()> {
     let description = describe::describe(template, &repository.config, &[])?;
     let model = build::decoder(&description.spec, Logits::All)?;
     let target = Target::named("primitive")?;
-    let options = lower::Options { target, element: ElementType::F32, padding: Padding::Any };
+    let options = lower::Options { target, element: ElementType::F32, padding: Padding::Any, stored: None };
     let lowered = lower::lower(&model, &options)?;
-    bind::plan(&model, &lowered.graph, &description.rules, &repository.checkpoint, &[]).map(drop)
+    let (rules, checkpoint) = (&description.rules, &repository.checkpoint);
+    let parameters = bind::parameters(&model, rules, checkpoint)?;
+    bind::plan(parameters, &lowered.graph, rules, checkpoint, &[]).map(drop)
 }
 
 /// Writes a draft where nothing is.

@@ -149,7 +149,7 @@ fn cover(
         literals.map(|(_, value)| (value.name.clone(), value.ty.shape.iter().map(size).collect())).collect();
     let (mut tensors, mut parameters) = (Tally::default(), Tally::default());
     let mut taken: BTreeSet<String> = BTreeSet::new();
-    let of = |name: &str| checkpoint.get(name).map(|info| info.shape.as_slice());
+    let of = |name: &str| checkpoint.get(name).map(|info| info.shape.clone());
     for (name, shape) in &shapes {
         let alternatives = description.rules.bind(name, &shapes)?.alternatives;
         let fit = alternatives.iter().find(|weight| weight.shape(&of).is_ok_and(|found| found == *shape));

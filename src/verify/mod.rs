@@ -47,10 +47,11 @@ impl Options {
 
 /// The largest difference that is no error, relative to the largest reference logit.
 ///
-/// Correct float32 graphs agree to about 1e-6; float16 rounds each intermediate value to 5e-4.
+/// Correct float32 graphs agree to about 1e-6. float16 rounds to 5e-4, bfloat16, of three bits less, to 4e-3.
 pub fn tolerance(element: ElementType) -> f64 {
     match element {
         ElementType::F16 => 2e-3,
+        ElementType::BF16 => 1.6e-2,
         _ => 1e-4,
     }
 }
@@ -63,8 +64,13 @@ fn folder_of(model: &Path) -> &Path {
 /// What a model's weights are rounded to: what its directory says, or the narrowest type that its graph shows.
 fn element_of(model: &Path, decoder: &Decoder) -> ElementType {
     let manifest = crate::read::json_file(&folder_of(model).join("hf2onnx.json"));
-    let half = manifest.is_ok_and(|manifest| manifest.get("dtype").is_some_and(|dtype| dtype == "f16"));
-    if half { ElementType::F16 } else { decoder.element() }
+    let dtype =
+        manifest.ok().and_then(|manifest| manifest.get("dtype").and_then(serde_json::Value::as_str).map(str::to_owned));
+    match dtype.as_deref() {
+        Some("f16") => ElementType::F16,
+        Some("bf16") => ElementType::BF16,
+        _ => decoder.element(),
+    }
 }
 
 /// The scenarios that a model is held to, and a note where they are not all: a directory that was built for right

@@ -1,279 +1,285 @@
-//! Evaluation of weight expressions on bytes.
+//! Evaluation of weight expressions on bytes, any part of the result at a time.
 //!
-//! All transforms but `add_one` move whole elements, so they work on any element type. A tensor that is
-//! used as it is stays borrowed from the mapped file.
+//! An [`Evaluation`] is an expression with every shape known. It fills any range of its result and reads no more of
+//! its sources than that range needs, so memory is bounded by the range, whatever the size of a tensor; and
+//! ranges can be filled on many threads. All transforms but `add_one` move whole elements, so they work on any
+//! element type.
 
-use std::borrow::Cow;
-
-use half::{bf16, f16};
-use rayon::prelude::*;
-
-use super::{Split, Weight};
+use super::Weight;
+use super::convert::{read_floats, write_floats};
 use crate::element::ElementType;
 
-/// A tensor in memory or in a mapped file, little-endian and row-major.
-#[derive(Debug, Clone)]
-pub struct Tensor<'a> {
-    /// Element type.
+/// Tensors by name: what expressions are evaluated on.
+pub trait Tensors: Sync {
+    /// Why a tensor could not be read.
+    type Error: From<String>;
+
+    /// Element type and shape of a tensor.
+    fn describe(&self, name: &str) -> Result<(ElementType, Vec<usize>), Self::Error>;
+
+    /// Reads the elements of a tensor from the element `first` on, row-major and little-endian, until `out` is full.
+    fn read(&self, name: &str, first: usize, out: &mut [u8]) -> Result<(), Self::Error>;
+}
+
+/// Pieces of less than this many bytes are picked from a larger read instead of read one by one.
+const PIECE: usize = if cfg!(test) { 16 } else { 1 << 14 };
+
+/// An expression that is ready to be evaluated.
+#[derive(Debug)]
+pub struct Evaluation {
+    /// Element type of the result.
     pub element: ElementType,
-    /// Shape.
+    /// Shape of the result.
     pub shape: Vec<usize>,
-    /// `element.size() * product(shape)` bytes.
-    pub bytes: Cow<'a, [u8]>,
+    node: Node,
 }
 
-/// The value of an expression. `load` gives the sources; the shapes have been checked by [`Weight::shape`].
-pub fn evaluate<'a, E: From<String>>(
-    weight: &Weight,
-    load: &impl Fn(&str) -> Result<Tensor<'a>, E>,
-) -> Result<Tensor<'a>, E> {
-    match weight {
-        Weight::Source(name) => load(name),
-        Weight::Concat(axis, parts) => join(*axis, &all(parts, load)?).map_err(E::from),
-        Weight::Stack(parts) => {
-            let mut parts = all(parts, load)?;
-            for part in &mut parts {
-                part.shape.insert(0, 1);
+/// How a result comes from its parts; sizes in elements.
+#[derive(Debug)]
+enum Node {
+    Source(String),
+    /// The same bytes.
+    Same(Box<Evaluation>),
+    AddOne(Box<Evaluation>),
+    /// Rows made of one piece of each part: part `i` gives `widths[i]` elements to each row.
+    Join {
+        widths: Vec<usize>,
+        parts: Vec<Evaluation>,
+    },
+    /// Of every `block` elements those from `start` on, `width` of them.
+    Take {
+        block: usize,
+        start: usize,
+        width: usize,
+        of: Box<Evaluation>,
+    },
+    /// Matrices `[rows, columns]` become `[columns, rows]`.
+    Transpose {
+        rows: usize,
+        columns: usize,
+        of: Box<Evaluation>,
+    },
+}
+
+impl Evaluation {
+    /// Works out shapes and element types. An error says which part does not fit.
+    pub fn new<T: Tensors>(weight: &Weight, tensors: &T) -> Result<Self, T::Error> {
+        let inner = |weight: &Weight| Self::new(weight, tensors);
+        let all = |parts: &[Weight]| parts.iter().map(inner).collect::<Result<Vec<_>, _>>();
+        let boxed = |weight: &Weight| inner(weight).map(Box::new);
+        let (element, node) = match weight {
+            Weight::Source(name) => {
+                let (element, shape) = tensors.describe(name)?;
+                return Ok(Self { element, shape, node: Node::Source(name.clone()) });
             }
-            join(0, &parts).map_err(E::from)
-        }
-        Weight::Interleave(axis, parts) => interleave(*axis, all(parts, load)?).map_err(E::from),
-        Weight::Split(split, inner) => take(split, &evaluate(inner, load)?).map_err(E::from),
-        Weight::Transpose(inner) => transpose(&evaluate(inner, load)?).map_err(E::from),
-        Weight::Reshape(shape, inner) => Ok(Tensor { shape: shape.clone(), ..evaluate(inner, load)? }),
-        Weight::AddOne(inner) => {
-            let tensor = evaluate(inner, load)?;
-            let mut values = tensor.to_f32().map_err(E::from)?;
-            for value in &mut values {
-                *value += 1.0;
+            Weight::Reshape(_, of) => same(boxed(of)?),
+            Weight::AddOne(of) => (ElementType::F32, Node::AddOne(boxed(of)?)),
+            Weight::Concat(axis, parts) => {
+                let parts = all(parts)?;
+                let widths = parts.iter().map(|part| part.shape.iter().skip(*axis).product()).collect();
+                join(widths, parts)?
             }
-            let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-            Ok(Tensor { element: ElementType::F32, shape: tensor.shape, bytes: Cow::Owned(bytes) })
+            Weight::Stack(parts) => {
+                let parts = all(parts)?;
+                join(parts.iter().map(Self::count).collect(), parts)?
+            }
+            Weight::Interleave(axis, parts) => {
+                let parts = all(parts)?;
+                let widths = parts.iter().map(|part| part.shape.iter().skip(axis + 1).product()).collect();
+                join(widths, parts)?
+            }
+            Weight::Split(split, of) => {
+                let of = boxed(of)?;
+                let inner: usize = of.shape.iter().skip(split.axis + 1).product();
+                let (start, width, block) = split.block()?;
+                (of.element, Node::Take { block: block * inner, start: start * inner, width: width * inner, of })
+            }
+            Weight::Transpose(of) => {
+                let of = boxed(of)?;
+                let &[.., rows, columns] = of.shape.as_slice() else {
+                    return Err(format!("{:?} can not be transposed", of.shape).into());
+                };
+                (of.element, Node::Transpose { rows, columns, of })
+            }
+        };
+        let shape = weight.shape(&|name: &str| tensors.describe(name).ok().map(|(_, shape)| shape))?;
+        Ok(Self { element, shape, node })
+    }
+
+    /// Number of elements.
+    pub fn count(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Fills `out` with the elements from `first` on. `out` is a whole number of elements and ends within the result.
+    pub fn fill<T: Tensors>(&self, tensors: &T, first: usize, out: &mut [u8]) -> Result<(), T::Error> {
+        if out.is_empty() {
+            return Ok(());
+        }
+        match &self.node {
+            Node::Source(name) => tensors.read(name, first, out),
+            Node::Same(of) => of.fill(tensors, first, out),
+            Node::AddOne(of) => {
+                let mut stored = vec![0; out.len() / self.element.size() * of.element.size()];
+                of.fill(tensors, first, &mut stored)?;
+                let mut values = Vec::new();
+                read_floats(&stored, of.element, &mut values)?;
+                values.iter_mut().for_each(|value| *value += 1.0);
+                Ok(write_floats(&values, self.element, out)?)
+            }
+            Node::Join { widths, parts } => self.join(tensors, (widths, parts), first, out),
+            Node::Take { block, start, width, of } => self.take(tensors, (*block, *start, *width), of, first, out),
+            Node::Transpose { rows, columns, of } => self.transpose(tensors, (*rows, *columns), of, first, out),
         }
     }
-}
 
-fn all<'a, E: From<String>>(
-    parts: &[Weight],
-    load: &impl Fn(&str) -> Result<Tensor<'a>, E>,
-) -> Result<Vec<Tensor<'a>>, E> {
-    let parts: Vec<Tensor<'a>> = parts.iter().map(|part| evaluate(part, load)).collect::<Result<_, E>>()?;
-    if let Some(first) = parts.first()
-        && let Some(odd) = parts.iter().find(|part| part.element != first.element)
-    {
-        return Err(format!("{} and {} can not be joined", first.element, odd.element).into());
-    }
-    Ok(parts)
-}
-
-impl Tensor<'_> {
-    /// Elements as float32.
-    pub fn to_f32(&self) -> Result<Vec<f32>, String> {
-        Ok(match self.element {
-            ElementType::F32 => lanes::<4>(&self.bytes).map(f32::from_le_bytes).collect(),
-            ElementType::F16 => lanes::<2>(&self.bytes).map(|b| f16::from_le_bytes(b).to_f32()).collect(),
-            ElementType::BF16 => lanes::<2>(&self.bytes).map(|b| bf16::from_le_bytes(b).to_f32()).collect(),
-            #[expect(clippy::cast_possible_truncation, reason = "rounding to float32 is what is asked for")]
-            ElementType::F64 => lanes::<8>(&self.bytes).map(|b| f64::from_le_bytes(b) as f32).collect(),
-            other => return Err(format!("{other} is not a float type")),
-        })
-    }
-
-    /// The same values in another element type, rounded to nearest, ties to even.
-    pub fn cast(self, element: ElementType) -> Result<Self, String> {
-        if self.element == element {
-            return Ok(self);
+    fn join<T: Tensors>(
+        &self,
+        tensors: &T,
+        (widths, parts): (&[usize], &[Self]),
+        first: usize,
+        out: &mut [u8],
+    ) -> Result<(), T::Error> {
+        let size = self.element.size();
+        let row: usize = widths.iter().sum();
+        let count = out.len() / size;
+        let rows = first / row..(first + count).div_ceil(row);
+        let narrow = row * size / parts.len().max(1) < PIECE && rows.len() > 1;
+        // Each part's share of all these rows lies together: one read for each part, and then the pieces are dealt out.
+        let mut shares = Vec::new();
+        if narrow {
+            for (width, part) in widths.iter().zip(parts) {
+                let mut share = vec![0; rows.len() * width * size];
+                part.fill(tensors, rows.start * width, &mut share)?;
+                shares.push(share);
+            }
         }
-        let width = self.element.size();
-        let mut bytes = vec![0; self.bytes.len() / width * element.size()];
-        // 64 Ki elements at a time: enough for a core to be worth its while.
-        let chunk = 1 << 16;
-        bytes.par_chunks_mut(chunk * element.size()).zip(self.bytes.par_chunks(chunk * width)).try_for_each(
-            |(out, part)| {
-                let part = Tensor { element: self.element, shape: Vec::new(), bytes: Cow::Borrowed(part) };
-                store(&part.to_f32()?, element, out)
-            },
-        )?;
-        Ok(Self { element, shape: self.shape, bytes: Cow::Owned(bytes) })
-    }
-
-    /// Bytes before, along and after one step of an axis: `(outer, length, inner)` with `inner` in bytes.
-    fn axis(&self, axis: usize) -> Result<(usize, usize, usize), String> {
-        let length = *self.shape.get(axis).ok_or_else(|| format!("{:?} has no axis {axis}", self.shape))?;
-        let outer = self.shape.iter().take(axis).product();
-        let inner = self.shape.iter().skip(axis + 1).product::<usize>() * self.element.size();
-        Ok((outer, length, inner))
-    }
-}
-
-fn lanes<const N: usize>(bytes: &[u8]) -> impl Iterator<Item = [u8; N]> + '_ {
-    bytes.chunks_exact(N).filter_map(|lane| lane.try_into().ok())
-}
-
-fn store(values: &[f32], element: ElementType, out: &mut [u8]) -> Result<(), String> {
-    let lanes = out.chunks_exact_mut(element.size()).zip(values);
-    match element {
-        ElementType::F32 => lanes.for_each(|(lane, value)| lane.copy_from_slice(&value.to_le_bytes())),
-        ElementType::F16 => lanes.for_each(|(lane, value)| lane.copy_from_slice(&f16::from_f32(*value).to_le_bytes())),
-        ElementType::BF16 => {
-            lanes.for_each(|(lane, value)| lane.copy_from_slice(&bf16::from_f32(*value).to_le_bytes()));
+        let (mut at, start) = (rows.start * row, rows.start);
+        for r in rows {
+            for (i, (width, part)) in widths.iter().zip(parts).enumerate() {
+                let Some((skip, piece)) = overlap(at, *width, first, out, size) else {
+                    at += width;
+                    continue;
+                };
+                if let Some(share) = shares.get(i) {
+                    let from = ((r - start) * width + skip) * size;
+                    let share =
+                        share.get(from..from + piece.len()).ok_or_else(|| "a piece beyond its part".to_owned())?;
+                    piece.copy_from_slice(share);
+                } else {
+                    part.fill(tensors, r * width + skip, piece)?;
+                }
+                at += width;
+            }
         }
-        other => return Err(format!("weights are not written as {other}")),
+        Ok(())
     }
-    Ok(())
-}
 
-fn join<'a>(axis: usize, parts: &[Tensor<'a>]) -> Result<Tensor<'a>, String> {
-    let first = parts.first().ok_or("nothing to join")?;
-    let (outer, ..) = first.axis(axis)?;
-    let mut rows = Vec::with_capacity(parts.len());
-    let mut total = 0;
-    for part in parts {
-        let (_, length, inner) = part.axis(axis)?;
-        total += length;
-        rows.push(part.bytes.chunks((length * inner).max(1)));
-    }
-    let mut bytes = Vec::with_capacity(parts.iter().map(|part| part.bytes.len()).sum());
-    for _ in 0..outer {
-        for row in &mut rows {
-            bytes.extend_from_slice(row.next().unwrap_or_default());
+    fn take<T: Tensors>(
+        &self,
+        tensors: &T,
+        (block, start, width): (usize, usize, usize),
+        of: &Self,
+        first: usize,
+        out: &mut [u8],
+    ) -> Result<(), T::Error> {
+        let size = self.element.size();
+        let blocks = first / width..(first + out.len() / size).div_ceil(width);
+        // A small piece of a large block is not worth reading the block.
+        let narrow = width * size < PIECE && block <= 64 * width && blocks.len() > 1;
+        let mut share = Vec::new();
+        if narrow {
+            share.resize(blocks.len() * block * size, 0);
+            of.fill(tensors, blocks.start * block, &mut share)?;
         }
+        for b in blocks.clone() {
+            let Some((skip, piece)) = overlap(b * width, width, first, out, size) else { continue };
+            if narrow {
+                let from = ((b - blocks.start) * block + start + skip) * size;
+                let share =
+                    share.get(from..from + piece.len()).ok_or_else(|| "a piece beyond its tensor".to_owned())?;
+                piece.copy_from_slice(share);
+            } else {
+                of.fill(tensors, b * block + start + skip, piece)?;
+            }
+        }
+        Ok(())
     }
-    let mut shape = first.shape.clone();
-    if let Some(length) = shape.get_mut(axis) {
-        *length = total;
-    }
-    Ok(Tensor { element: first.element, shape, bytes: Cow::Owned(bytes) })
-}
 
-/// Joined on a new axis behind `axis`, and then seen without it.
-fn interleave(axis: usize, mut parts: Vec<Tensor<'_>>) -> Result<Tensor<'_>, String> {
-    for part in &mut parts {
-        part.shape.insert(axis + 1, 1);
-    }
-    let mut joined = join(axis + 1, &parts)?;
-    let count = joined.shape.remove(axis + 1);
-    if let Some(length) = joined.shape.get_mut(axis) {
-        *length *= count;
-    }
-    Ok(joined)
-}
-
-fn take<'a>(split: &Split, tensor: &Tensor<'a>) -> Result<Tensor<'a>, String> {
-    let (_, length, inner) = tensor.axis(split.axis)?;
-    let (start, part, block) = split.block()?;
-    let mut shape = tensor.shape.clone();
-    if let Some(axis) = shape.get_mut(split.axis) {
-        *axis = part * split.groups.max(1);
-    }
-    let within = start * inner..(start + part) * inner;
-    // One contiguous piece of a mapped file needs no copy.
-    if let (Cow::Borrowed(bytes), true) = (&tensor.bytes, length == block && tensor.bytes.len() == block * inner) {
-        let bytes = bytes.get(within).ok_or("a piece lies beyond its tensor")?;
-        return Ok(Tensor { element: tensor.element, shape, bytes: Cow::Borrowed(bytes) });
-    }
-    let mut bytes = Vec::with_capacity(tensor.bytes.len() / block.max(1) * part);
-    for block in tensor.bytes.chunks((block * inner).max(1)) {
-        bytes.extend_from_slice(block.get(within.clone()).ok_or("a piece lies beyond its tensor")?);
-    }
-    Ok(Tensor { element: tensor.element, shape, bytes: Cow::Owned(bytes) })
-}
-
-fn transpose<'a>(tensor: &Tensor<'a>) -> Result<Tensor<'a>, String> {
-    let mut shape = tensor.shape.clone();
-    let [.., rows, columns] = shape.as_mut_slice() else {
-        return Err(format!("{:?} can not be transposed", tensor.shape));
-    };
-    let (width, size) = (*columns, tensor.element.size());
-    let matrix = *rows * width * size;
-    let mut bytes = vec![0; tensor.bytes.len()];
-    let matrices = tensor.bytes.chunks(matrix.max(1)).zip(bytes.chunks_mut(matrix.max(1)));
-    for (from, to) in matrices {
-        to.par_chunks_mut((*rows * size).max(1)).enumerate().for_each(|(column, out)| {
-            for (row, out) in from.chunks(width * size).zip(out.chunks_mut(size)) {
-                if let Some(element) = row.get(column * size..(column + 1) * size) {
-                    out.copy_from_slice(element);
+    fn transpose<T: Tensors>(
+        &self,
+        tensors: &T,
+        (rows, columns): (usize, usize),
+        of: &Self,
+        first: usize,
+        out: &mut [u8],
+    ) -> Result<(), T::Error> {
+        let size = self.element.size();
+        let matrix = rows * columns;
+        for m in first / matrix..(first + out.len() / size).div_ceil(matrix) {
+            let Some((skip, piece)) = overlap(m * matrix, matrix, first, out, size) else { continue };
+            // These columns of the source are rows of the result: [rows, wanted] -> [wanted, rows]
+            let wanted = skip / rows..(skip + piece.len() / size).div_ceil(rows);
+            let width = wanted.len();
+            let mut band = vec![0; rows * width * size];
+            if width == columns {
+                of.fill(tensors, m * matrix, &mut band)?;
+            } else {
+                for (r, line) in band.chunks_exact_mut(width * size).enumerate() {
+                    of.fill(tensors, m * matrix + r * columns + wanted.start, line)?;
                 }
             }
-        });
+            let turned = turn(&band, rows, width, size);
+            let from = (skip - wanted.start * rows) * size;
+            let turned = turned.get(from..from + piece.len()).ok_or_else(|| "a piece beyond its matrix".to_owned())?;
+            piece.copy_from_slice(turned);
+        }
+        Ok(())
     }
-    std::mem::swap(rows, columns);
-    Ok(Tensor { element: tensor.element, shape, bytes: Cow::Owned(bytes) })
+}
+
+fn same(of: Box<Evaluation>) -> (ElementType, Node) {
+    (of.element, Node::Same(of))
+}
+
+fn join(widths: Vec<usize>, parts: Vec<Evaluation>) -> Result<(ElementType, Node), String> {
+    let element = parts.first().ok_or("nothing to join")?.element;
+    if let Some(odd) = parts.iter().find(|part| part.element != element) {
+        return Err(format!("{element} and {} can not be joined", odd.element));
+    }
+    Ok((element, Node::Join { widths, parts }))
+}
+
+/// Of the elements `at..at + length` of a result, those that fall into `out`, which starts at `first`: how many come
+/// before them, and their place in `out`.
+fn overlap(at: usize, length: usize, first: usize, out: &mut [u8], size: usize) -> Option<(usize, &mut [u8])> {
+    let begin = at.max(first);
+    let end = (at + length).min(first + out.len() / size);
+    if begin >= end {
+        return None;
+    }
+    Some((begin - at, out.get_mut((begin - first) * size..(end - first) * size)?))
+}
+
+/// `[rows, columns]` to `[columns, rows]`, in tiles that stay in the cache.
+fn turn(matrix: &[u8], rows: usize, columns: usize, size: usize) -> Vec<u8> {
+    const TILE: usize = 64;
+    let mut out = vec![0; matrix.len()];
+    for tile in (0..rows).step_by(TILE) {
+        let height = TILE.min(rows - tile);
+        for (c, line) in out.chunks_exact_mut((rows * size).max(1)).enumerate() {
+            let cells = line.get_mut(tile * size..(tile + height) * size).unwrap_or_default();
+            for (r, cell) in cells.chunks_exact_mut(size).enumerate() {
+                let from = ((tile + r) * columns + c) * size;
+                if let Some(element) = matrix.get(from..from + size) {
+                    cell.copy_from_slice(element);
+                }
+            }
+        }
+    }
+    out
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn numbers(shape: &[usize], first: usize) -> Tensor<'static> {
-        let count: usize = shape.iter().product();
-        #[expect(clippy::cast_precision_loss, reason = "small numbers")]
-        let bytes = (first..first + count).flat_map(|i| (i as f32).to_le_bytes()).collect();
-        Tensor { element: ElementType::F32, shape: shape.to_vec(), bytes: Cow::Owned(bytes) }
-    }
-
-    fn check(weight: &Weight, shape: &[usize], values: &[f32]) {
-        let load = |name: &str| match name {
-            "a" => Ok(numbers(&[4, 2], 0)),
-            "b" => Ok(numbers(&[4, 2], 100)),
-            _ => Err(format!("there is no {name}")),
-        };
-        let result = evaluate::<String>(weight, &load).expect("evaluates");
-        assert_eq!(result.shape, shape);
-        assert_eq!(result.to_f32().expect("floats"), values);
-        let shapes = |name: &str| matches!(name, "a" | "b").then_some([4, 2].as_slice());
-        assert_eq!(weight.shape(&shapes), Ok(shape.to_vec()), "the shape is known before any byte is read");
-    }
-
-    fn a() -> Weight {
-        Weight::source("a")
-    }
-
-    fn ab() -> Vec<Weight> {
-        vec![a(), Weight::source("b")]
-    }
-
-    #[test]
-    fn joins() {
-        let long = [0., 1., 2., 3., 4., 5., 6., 7., 100., 101., 102., 103., 104., 105., 106., 107.];
-        check(&Weight::Concat(0, ab()), &[8, 2], &long);
-        check(&Weight::Stack(ab()), &[2, 4, 2], &long);
-        let wide = [0., 1., 100., 101., 2., 3., 102., 103., 4., 5., 104., 105., 6., 7., 106., 107.];
-        check(&Weight::Concat(1, ab()), &[4, 4], &wide);
-        check(&Weight::Interleave(0, ab()), &[8, 2], &wide);
-        let mixed = [0., 100., 1., 101., 2., 102., 3., 103., 4., 104., 5., 105., 6., 106., 7., 107.];
-        check(&Weight::Interleave(1, ab()), &[4, 4], &mixed);
-    }
-
-    #[test]
-    fn splits() {
-        let split = |groups, sizes: &[usize], index, axis| {
-            Weight::Split(Split { axis, groups, sizes: sizes.to_vec(), index }, Box::new(a()))
-        };
-        check(&split(1, &[1, 3], 0, 0), &[1, 2], &[0., 1.]);
-        check(&split(1, &[1, 3], 1, 0), &[3, 2], &[2., 3., 4., 5., 6., 7.]);
-        // two blocks of one row each: rows 0 and 2, rows 1 and 3
-        check(&split(2, &[2, 2], 0, 0), &[2, 2], &[0., 1., 4., 5.]);
-        check(&split(2, &[2, 2], 1, 0), &[2, 2], &[2., 3., 6., 7.]);
-        check(&split(1, &[1, 1], 1, 1), &[4, 1], &[1., 3., 5., 7.]);
-    }
-
-    #[test]
-    fn the_rest() {
-        check(&Weight::Transpose(Box::new(a())), &[2, 4], &[0., 2., 4., 6., 1., 3., 5., 7.]);
-        check(&Weight::AddOne(Box::new(a())), &[4, 2], &[1., 2., 3., 4., 5., 6., 7., 8.]);
-        let flat = Weight::Reshape(vec![8], Box::new(a()));
-        check(&flat, &[8], &[0., 1., 2., 3., 4., 5., 6., 7.]);
-        let shapes = |_: &str| Some([4, 3].as_slice());
-        assert!(flat.shape(&shapes).is_err(), "the number of elements stays");
-    }
-
-    #[test]
-    fn casts_round_to_even() {
-        let values = [1.0_f32, 1.0 + 1.0 / 256.0, 1.0 + 3.0 / 256.0, 65536.0];
-        let bytes = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-        let tensor = Tensor { element: ElementType::F32, shape: vec![4], bytes: Cow::Owned(bytes) };
-        let cast = tensor.cast(ElementType::BF16).and_then(|t| t.to_f32()).expect("casts");
-        assert_eq!(cast, [1.0, 1.0, 1.0 + 4.0 / 256.0, 65536.0]);
-    }
-}
+#[path = "evaluate_tests.rs"]
+mod tests;

@@ -4,14 +4,19 @@
 
 mod consumers;
 mod directory;
-mod external;
 mod genai;
+mod layout;
+mod link;
 mod model;
+mod sink;
+mod space;
 mod tokenizer;
 mod weights;
 
 pub use consumers::{ConsumerFiles, Signature, write_consumer_files};
 pub use directory::{Force, Staging};
-pub use external::{Extent, ExternalWriter};
+pub use layout::{DataFile, Extent, Layout, data_name};
+pub use link::{LinkReport, link};
 pub use model::encode;
-pub use weights::stream;
+pub use space::{check_space, free_space};
+pub use weights::{Streamed, stream};

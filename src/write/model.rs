@@ -2,7 +2,7 @@
 
 use prost::Message;
 
-use super::external::Extent;
+use super::layout::{DataFile, Extent};
 use crate::bind::Plan;
 use crate::element::ElementType;
 use crate::graph::{Dim, Graph, Node, Source, Type, Value, ValueId};
@@ -13,8 +13,14 @@ use crate::onnx::{
 };
 use crate::opset::Target;
 
-/// Serialises a graph whose initializers lie in the file `location`, beside it, at `extents`.
-pub fn encode(graph: &Graph<Onnx>, target: &Target, plan: &Plan, extents: &[Extent], location: &str) -> Vec<u8> {
+/// Serialises a graph whose initializers lie at `extents` of files beside it; `location` gives their names.
+pub fn encode(
+    graph: &Graph<Onnx>,
+    target: &Target,
+    plan: &Plan,
+    extents: &[Extent],
+    location: impl Fn(DataFile) -> String,
+) -> Vec<u8> {
     let external = plan.initializers.iter().zip(extents).map(|(initializer, extent)| {
         let entry = |key: &str, value: String| StringStringEntryProto { key: key.to_owned(), value };
         TensorProto {
@@ -22,7 +28,7 @@ pub fn encode(graph: &Graph<Onnx>, target: &Target, plan: &Plan, extents: &[Exte
             data_type: initializer.element.onnx(),
             name: initializer.name.clone(),
             external_data: vec![
-                entry("location", location.to_owned()),
+                entry("location", location(extent.file)),
                 entry("offset", extent.offset.to_string()),
                 entry("length", extent.length.to_string()),
             ],

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use hf2onnx::build::Logits;
-use hf2onnx::compile::{self, Compiled, Options, compile};
+use hf2onnx::compile::{self, Compiled, Options, Weights, compile};
 use hf2onnx::element::ElementType;
 use hf2onnx::lower::Padding;
 use hf2onnx::opset::Target;
@@ -27,6 +27,7 @@ pub fn options(repository: &Path, target: &str) -> TestResult<Options> {
         max_length: None,
         allowed_keys: Vec::new(),
         allowed_tensors: Vec::new(),
+        weights: Weights::Pack { shard_size: None },
     })
 }
 

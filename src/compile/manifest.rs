@@ -1,0 +1,83 @@
+//! `hf2onnx.json`: the record of a build.
+
+use serde::Serialize;
+use serde_json::Value;
+
+use super::{Compiled, Options, Weights};
+use crate::build::Logits;
+use crate::describe::Accounting;
+use crate::error::Result;
+use crate::lower::{Note, Padding};
+use crate::read::{FileHash, hash_files};
+use crate::spec::ModelSpec;
+use crate::write::Streamed;
+
+/// `hf2onnx.json`: what was built, from what, and how far it was verified.
+#[derive(Debug, Serialize)]
+pub(super) struct Manifest {
+    hf2onnx: &'static str,
+    target: String,
+    dtype: String,
+    padding: &'static str,
+    logits: &'static str,
+    weights: &'static str,
+    onnx: String,
+    pub(super) verified: Option<Value>,
+    sources: Vec<FileHash>,
+    outputs: Vec<FileHash>,
+    spec: ModelSpec,
+    config_keys: Accounting,
+    parameters: Vec<ParameterEntry>,
+    dropped_tensors: std::collections::BTreeMap<String, String>,
+    lowering: Vec<Note>,
+}
+
+/// What a parameter was made from.
+#[derive(Debug, Serialize)]
+struct ParameterEntry {
+    name: String,
+    shape: Vec<usize>,
+    from: String,
+}
+
+impl Manifest {
+    pub(super) fn new(compiled: &Compiled, options: &Options, streamed: Streamed, graph: FileHash) -> Result<Self> {
+        let mut sources = hash_files(&[compiled.repository.dir.join("config.json")])?;
+        let mut outputs = vec![graph];
+        outputs.extend(streamed.outputs);
+        // What is linked is both.
+        outputs.extend(compiled.layout.linked.iter().filter_map(|index| streamed.sources.get(*index)).cloned());
+        sources.extend(streamed.sources);
+        let parameters = compiled.plan.parameters.iter().map(|parameter| ParameterEntry {
+            name: parameter.name.clone(),
+            shape: parameter.shape.clone(),
+            from: parameter.weight.to_string(),
+        });
+        Ok(Self {
+            hf2onnx: env!("CARGO_PKG_VERSION"),
+            target: options.target.name.clone(),
+            dtype: options.element.to_string(),
+            padding: match options.padding {
+                Padding::Any => "any",
+                Padding::Right => "right",
+            },
+            logits: match options.logits {
+                Logits::All => "all",
+                Logits::Last => "last",
+            },
+            weights: match options.weights {
+                Weights::Pack { .. } => "pack",
+                Weights::Link { .. } => "link",
+            },
+            onnx: format!("onnx/{}", options.file_name()),
+            verified: None,
+            sources,
+            outputs,
+            spec: compiled.description.spec.clone(),
+            config_keys: compiled.description.accounting.clone(),
+            parameters: parameters.collect(),
+            dropped_tensors: compiled.plan.dropped.clone(),
+            lowering: compiled.lowered.notes.clone(),
+        })
+    }
+}

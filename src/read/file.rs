@@ -1,0 +1,88 @@
+//! Files that are read at positions, from many threads, and never mapped: a file that is cut short while it is read
+//! is an error, where touching a mapped page behind its new end would end the process (SIGBUS).
+
+use std::fs::{File, Metadata};
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::time::SystemTime;
+
+use crate::error::{Code, Error, Result};
+
+/// A file that has to stay what it was when it was first seen.
+#[derive(Debug)]
+pub(crate) struct StableFile {
+    path: PathBuf,
+    size: u64,
+    modified: Option<SystemTime>,
+    /// Opened when bytes are first asked for: a checkpoint may have more shards than a process may open files.
+    file: OnceLock<File>,
+}
+
+impl StableFile {
+    /// Remembers what the file was when its header was read.
+    pub(crate) fn new(path: &Path, metadata: &Metadata) -> Self {
+        Self { path: path.to_owned(), size: metadata.len(), modified: metadata.modified().ok(), file: OnceLock::new() }
+    }
+
+    /// Reads the bytes from `offset` on until `out` is full.
+    pub(crate) fn read(&self, offset: u64, out: &mut [u8]) -> Result<()> {
+        if out.is_empty() {
+            return Ok(());
+        }
+        read_exact_at(self.open()?, offset, out).map_err(|error| match error.kind() {
+            std::io::ErrorKind::UnexpectedEof => {
+                self.changed(format!("it ends before byte {}", offset + out.len() as u64))
+            }
+            _ => Error::io(&self.path, &error),
+        })
+    }
+
+    /// An error if the file is no longer what it was, as far as its size and modification time tell.
+    pub(crate) fn check_unchanged(&self) -> Result<()> {
+        let now = std::fs::metadata(&self.path).map_err(|error| Error::io(&self.path, &error))?;
+        if now.len() != self.size {
+            return Err(self.changed(format!("{} bytes", now.len())));
+        }
+        if now.modified().ok() != self.modified {
+            return Err(self.changed("a later modification time"));
+        }
+        Ok(())
+    }
+
+    fn open(&self) -> Result<&File> {
+        if let Some(file) = self.file.get() {
+            return Ok(file);
+        }
+        self.check_unchanged()?;
+        let file = File::open(&self.path).map_err(|error| Error::io(&self.path, &error))?;
+        Ok(self.file.get_or_init(|| file))
+    }
+
+    fn changed(&self, found: impl std::fmt::Display) -> Error {
+        Error::new(Code::WeightsCorrupt, self.path.display())
+            .found(format!("the file changed while it was being read: {found}"))
+            .expected(format!("the {} bytes that were there at the start", self.size))
+            .help("wait until nothing writes to the repository (a download?) and run again")
+    }
+}
+
+#[cfg(unix)]
+fn read_exact_at(file: &File, offset: u64, out: &mut [u8]) -> std::io::Result<()> {
+    std::os::unix::fs::FileExt::read_exact_at(file, out, offset)
+}
+
+#[cfg(windows)]
+fn read_exact_at(file: &File, mut offset: u64, mut out: &mut [u8]) -> std::io::Result<()> {
+    while !out.is_empty() {
+        match std::os::windows::fs::FileExt::seek_read(file, out, offset) {
+            Ok(0) => return Err(std::io::ErrorKind::UnexpectedEof.into()),
+            Ok(count) => {
+                out = out.get_mut(count..).unwrap_or_default();
+                offset += count as u64;
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
