@@ -17,6 +17,7 @@ use crate::lower::{self, Lowered, Padding, Stored};
 use crate::opset::Target;
 use crate::read::{Repository, hash_bytes};
 use crate::scaffold;
+use crate::stage::stage;
 use crate::write::{self, ConsumerFiles, DataFile, Force, Layout, LinkReport, Signature, Staging, data_name};
 use manifest::Manifest;
 
@@ -79,10 +80,12 @@ pub struct Compiled {
 
 /// Reads, describes, builds, lowers and binds a model.
 pub fn compile(options: &Options) -> Result<Compiled> {
-    let repository = Repository::open(&options.repository)?;
-    let template = describe::choose(&repository.config, options.template.as_deref())
-        .map_err(|error| scaffold::with_nearest(error, &repository.config, &repository.checkpoint))?;
-    let description = describe::describe(&template, &repository.config, &options.allowed_keys)?;
+    let repository = stage!("read", Repository::open(&options.repository))?;
+    let description = stage!("describe", {
+        describe::choose(&repository.config, options.template.as_deref())
+            .map_err(|error| scaffold::with_nearest(error, &repository.config, &repository.checkpoint))
+            .and_then(|template| describe::describe(&template, &repository.config, &options.allowed_keys))
+    })?;
     compile_description(repository, description, options)
 }
 
@@ -94,16 +97,17 @@ pub fn compile_description(repository: Repository, description: Description, opt
             .found(options.element)
             .expected(names.join(", ")));
     }
-    let model = build::decoder(&description.spec, options.logits)?;
+    let model = stage!("build", build::decoder(&description.spec, options.logits))?;
     let (rules, checkpoint) = (&description.rules, &repository.checkpoint);
-    let parameters = bind::parameters(&model, rules, checkpoint)?;
+    let parameters = stage!("bind", bind::parameters(&model, rules, checkpoint))?;
     let (stored, shard_size) = match options.weights {
         Weights::Link { .. } => (Some(bind::stored(&parameters, checkpoint)), None),
         Weights::Pack { shard_size } => (None, shard_size),
     };
-    let lowered = lower::lower(&model, &options.lowering(stored.as_ref()))?;
-    let plan = bind::plan(parameters, &lowered.graph, rules, checkpoint, &options.allowed_tensors)?;
-    let layout = Layout::new(&plan, checkpoint, shard_size)?;
+    let lowered = stage!("lower", lower::lower(&model, &options.lowering(stored.as_ref())))?;
+    let allowed = &options.allowed_tensors;
+    let plan = stage!("plan", bind::plan(parameters, &lowered.graph, rules, checkpoint, allowed))?;
+    let layout = stage!("plan", Layout::new(&plan, checkpoint, shard_size))?;
     Ok(Compiled { repository, description, model, lowered, plan, layout })
 }
 
@@ -140,22 +144,23 @@ pub fn write(
     force: Force,
     progress: impl FnMut(u64) + Send,
 ) -> Result<Written> {
-    let proto = compiled.encode(options);
+    let proto = stage!("encode", compiled.encode(options));
     write::check_space(output, compiled.layout.written_bytes().saturating_add(proto.len() as u64))?;
     let staging = Staging::new(output, force)?;
     let folder = staging.path().join("onnx");
     fs::create_dir_all(&folder).map_err(|error| Error::io(&folder, &error))?;
     let name = options.file_name();
     let (plan, layout, checkpoint) = (&compiled.plan, &compiled.layout, &compiled.repository.checkpoint);
-    let links = write::link(checkpoint, &layout.linked, &folder)?;
+    let links = stage!("link", write::link(checkpoint, &layout.linked, &folder))?;
     let hash = matches!(options.weights, Weights::Pack { .. } | Weights::Link { hash: true });
-    let streamed = write::stream(plan, layout, checkpoint, (&folder, &name), hash, progress)?;
+    let streamed = stage!("weights", write::stream(plan, layout, checkpoint, (&folder, &name), hash, progress))?;
     let graph = folder.join(&name);
     fs::write(&graph, &proto).map_err(|error| Error::io(&graph, &error))?;
-    let files = write::write_consumer_files(&compiled.repository, &compiled.signature(options), staging.path())?;
+    let (repository, signature) = (&compiled.repository, compiled.signature(options));
+    let files = stage!("other files", write::write_consumer_files(repository, &signature, staging.path()))?;
     let manifest = Manifest::new(compiled, options, streamed, hash_bytes(&name, &proto))?;
     let written = Written { staging, manifest, files, links };
-    written.write_manifest()?;
+    stage!("other files", written.write_manifest())?;
     Ok(written)
 }
 
@@ -173,7 +178,7 @@ impl Written {
 
     /// Puts the directory in its place.
     pub fn commit(self) -> Result<()> {
-        self.staging.commit()
+        stage!("commit", self.staging.commit())
     }
 
     fn write_manifest(&self) -> Result<()> {

@@ -71,6 +71,7 @@ pub mod runtime;
 pub mod scaffold;
 pub mod session;
 pub mod spec;
+mod stage;
 pub mod tokenizer;
 #[cfg(test)]
 mod toy;

@@ -41,6 +41,9 @@ pub(super) struct Build {
     /// Do everything but write: say what the output takes on disk, in time and in memory
     #[arg(long, conflicts_with = "verify")]
     dry_run: bool,
+    /// Say how long each stage took
+    #[arg(long)]
+    pub(super) timings: bool,
     #[command(flatten)]
     runtime: RuntimeOption,
 }

@@ -8,6 +8,7 @@ mod output;
 mod runtime;
 mod scaffold;
 mod templates;
+mod timings;
 mod verify;
 
 use std::path::PathBuf;
@@ -19,6 +20,7 @@ use crate::error::Result;
 use crate::runtime::{Library, Search};
 
 pub use output::Output;
+use timings::Timings;
 
 /// Compiles Hugging Face language models to verified ONNX directories, without Python or torch.
 #[derive(Debug, Parser)]
@@ -46,10 +48,11 @@ enum Command {
 /// Runs the program with the process's arguments.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
-    // RUST_LOG chooses; without it only warnings are shown.
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let timings = match &cli.command {
+        Command::Build(build) if build.timings => Some(Timings::start()),
+        _ => None,
+    };
+    listen(timings.clone());
     let mut output = Output::new(cli.json);
     let result = match cli.command {
         Command::Build(command) => command.run(&mut output),
@@ -60,7 +63,21 @@ pub fn main() -> ExitCode {
         Command::Scaffold(command) => command.run(&mut output),
         Command::Runtime(command) => command.run(&mut output),
     };
+    for (stage, seconds) in timings.iter().flat_map(Timings::seconds) {
+        output.say(&format!("{stage:<18} {seconds:>9.4} s"));
+    }
     output.finish(result)
+}
+
+/// Sends what is traced to stderr, and the spans of stages to whoever adds them up.
+fn listen(timings: Option<Timings>) {
+    use tracing_subscriber::prelude::*;
+    // RUST_LOG chooses; without it only warnings are shown.
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
+    let words = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_filter(filter);
+    let stages = timings.map(|timings| timings.with_filter(tracing_subscriber::filter::filter_fn(timings::is_stage)));
+    tracing_subscriber::registry().with(words).with(stages).init();
 }
 
 /// The option of every command that runs a model.

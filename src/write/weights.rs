@@ -13,6 +13,7 @@ use crate::bind::{Initializer, Plan};
 use crate::element::ElementType;
 use crate::error::{Code, Error, Result};
 use crate::read::{Checkpoint, FileHash, hash_file};
+use crate::stage::stage;
 use crate::weight::{Evaluation, Tensors, convert};
 
 /// Bytes that are computed, written and hashed at a time.
@@ -115,14 +116,15 @@ fn pack(
                     let _ = turn.send(next);
                 }
             }
-            let chunks: Vec<Result<Buffer>> = round.par_iter().map(|job| job.compute(checkpoint, &pool)).collect();
+            let compute = |job: &Job<'_>| job.compute(checkpoint, &pool);
+            let chunks: Vec<Result<Buffer>> = stage!("- read, transform", round.par_iter().map(compute).collect());
             for (job, chunk) in round.iter().zip(chunks) {
                 let (chunk, next) = (chunk?, job.task.extent.file);
                 if file.replace(next).is_some_and(|file| file != next) {
                     sink.end()?;
                 }
                 progress(chunk.bytes.len() as u64);
-                sink.put(job.offset(), chunk)?;
+                stage!("- wait for disk", sink.put(job.offset(), chunk))?;
             }
         }
     })?;
