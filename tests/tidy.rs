@@ -10,12 +10,13 @@ use std::path::{Path, PathBuf};
 type TestResult<T = ()> = Result<T, Box<dyn Error>>;
 
 /// The modules in the order of the pipeline: each may use those before it.
-const PIPELINE: [&str; 24] = [
+const PIPELINE: [&str; 25] = [
     "error",
     "element",
     "onnx",
     "opset",
     "weight",
+    "hub",
     "read",
     "spec",
     "describe",
