@@ -276,7 +276,12 @@ impl<'a> Client<'a> {
 
     /// An error of transport. Most pass; a name that does not resolve or a certificate that does not hold stay.
     fn unreachable(&self, error: &ureq::Error) -> Failure {
-        let stays = matches!(error, ureq::Error::HostNotFound | ureq::Error::Tls(_) | ureq::Error::Rustls(_));
+        let stays = match error {
+            ureq::Error::HostNotFound | ureq::Error::Tls(_) | ureq::Error::Rustls(_) => true,
+            // As rustls says it within a stream.
+            ureq::Error::Io(error) => error.kind() == std::io::ErrorKind::InvalidData,
+            _ => false,
+        };
         if stays { self.gave_up(&error.to_string()).into() } else { Failure::Passing(error.to_string()) }
     }
 
