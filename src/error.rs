@@ -63,6 +63,16 @@ pub enum Code {
     TokenizerInvalid,
     /// A command line value that makes no sense.
     UsageInvalid,
+    /// The hub has no such model, revision or file, or does not show it.
+    HubNotFound,
+    /// The hub wants a token, or conditions accepted.
+    HubDenied,
+    /// The hub can not be reached, or does not answer as it should.
+    HubUnreachable,
+    /// The network is forbidden, and the cache does not hold the model.
+    HubOffline,
+    /// A downloaded file does not have the hash that the hub gives.
+    DownloadCorrupt,
 }
 
 impl Code {
@@ -96,6 +106,11 @@ impl Code {
             Self::VerificationFailed => "verification-failed",
             Self::TokenizerInvalid => "tokenizer-invalid",
             Self::UsageInvalid => "usage-invalid",
+            Self::HubNotFound => "hub-not-found",
+            Self::HubDenied => "hub-denied",
+            Self::HubUnreachable => "hub-unreachable",
+            Self::HubOffline => "hub-offline",
+            Self::DownloadCorrupt => "download-corrupt",
         }
     }
 }

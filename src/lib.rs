@@ -10,6 +10,7 @@
 //! Modules in the order of reading; [`compile::compile`] and [`compile::write`] call them one after the other.
 //!
 //! ```text
+//! hub       org/name -> a snapshot in the Hugging Face cache, downloaded if need be
 //! read      repository -> config.json, safetensors shards (mapped, never loaded whole)
 //! describe  template + config -> ModelSpec, tensor rules, accounting of every key
 //! spec      THE WAIST: what the model is, layer by layer, plain typed data
@@ -35,7 +36,7 @@
 //! composite operation, best first, and a form that can not express a case says why. Builders write what is meant, so
 //! nothing is ever pattern-matched back.
 //!
-//! **Only reading, writing and verifying do I/O.** Everything between is pure: the same input gives the same bytes.
+//! **Only downloading, reading, writing and verifying do I/O.** Everything between is pure: the same input gives the same bytes.
 //!
 //! **Nothing from a repository is executed.** `auto_map` is reported, never imported; no pickle is read.
 //!
@@ -62,6 +63,7 @@ pub mod error;
 pub mod generate;
 pub mod golden;
 pub mod graph;
+pub mod hub;
 pub mod inspect;
 pub mod lower;
 pub mod onnx;

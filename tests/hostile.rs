@@ -310,7 +310,7 @@ fn repositories_that_are_none() {
     check(open(dir.path()), Code::ConfigMissing, &["config.json"]);
     check(open(&dir.path().join("file")), Code::Io, &["a file", "directory"]);
     check(open(&dir.path().join("none")), Code::Io, &["no such directory"]);
-    check(open(Path::new("meta-llama/Llama-3.2-1B")), Code::Io, &["hub", "not downloaded yet"]);
+    check(open(Path::new("meta-llama/Llama-3.2-1B")), Code::Io, &["no such directory", "org/name@revision"]);
 }
 
 #[test]

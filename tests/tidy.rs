@@ -17,6 +17,7 @@ const PIPELINE: [&str; 25] = [
     "onnx",
     "opset",
     "weight",
+    "hub",
     "read",
     "spec",
     "describe",

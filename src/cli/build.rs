@@ -7,7 +7,7 @@ use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use serde_json::json;
 
 use super::verify::{judge, print_report};
-use super::{Output, RuntimeOption};
+use super::{Output, RuntimeOption, repo};
 use crate::build::Logits;
 use crate::compile::{self, Compiled, Cost, Weights, Written, compile};
 use crate::element::ElementType;
@@ -51,7 +51,7 @@ pub(super) struct Build {
 /// What is compiled, and how: the same for every command that compiles.
 #[derive(Debug, Clone, Args)]
 pub(super) struct ModelOptions {
-    /// A directory with config.json and safetensors files
+    /// A directory with config.json and safetensors files, or a model of the Hugging Face hub: org/name[@revision]
     repo: PathBuf,
     /// Which operators the graph is made of
     #[arg(long, default_value = "ort-cpu", value_parser = target)]
@@ -149,14 +149,14 @@ fn target(name: &str) -> Result<&'static Target, String> {
 }
 
 impl ModelOptions {
-    /// What the compiler takes.
-    pub(super) fn compile_options(&self) -> Result<compile::Options> {
+    /// What the compiler takes. A model of the hub is downloaded.
+    pub(super) fn compile_options(&self, output: &Output) -> Result<compile::Options> {
         if self.max_length == Some(0) {
             return Err(Error::new(Code::UsageInvalid, "--max-length").found(0).expected("a length from 1 up"));
         }
         self.check_dtype()?;
         Ok(compile::Options {
-            repository: self.repo.clone(),
+            repository: repo::directory(&self.repo, output)?,
             template: self.template.clone(),
             target: self.target,
             element: match self.dtype {
@@ -208,8 +208,8 @@ impl ModelOptions {
 impl Build {
     /// Runs the command.
     pub(super) fn run(self, output: &mut Output) -> Result<()> {
-        let options = self.model.compile_options()?;
-        let golden = self.golden()?;
+        let options = self.model.compile_options(output)?;
+        let golden = self.golden(&options.repository)?;
         let compiled = compile(&options)?;
         if self.dry_run {
             return self.foretell(&compiled, &options, output);
@@ -232,12 +232,12 @@ impl Build {
     }
 
     /// The golden to verify against, read before anything is built.
-    fn golden(&self) -> Result<Option<Golden>> {
+    fn golden(&self, repository: &Path) -> Result<Option<Golden>> {
         match &self.verify {
             None => Ok(None),
             Some(Some(path)) => Golden::read(path).map(Some),
             Some(None) => {
-                let own = self.model.repo.join("golden.safetensors");
+                let own = repository.join("golden.safetensors");
                 if own.is_file() { Golden::read(&own).map(Some) } else { Ok(None) }
             }
         }

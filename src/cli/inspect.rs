@@ -31,7 +31,7 @@ pub(super) struct Inspect {
 impl Inspect {
     /// Runs the command.
     pub(super) fn run(self, output: &mut Output) -> Result<()> {
-        let options = self.model.compile_options()?;
+        let options = self.model.compile_options(output)?;
         // A built directory has a config.json of its own, but its weights are the graph's.
         if Built::is_built(&options.repository) {
             let built = Built::read(&options.repository)?;

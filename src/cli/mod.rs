@@ -5,6 +5,7 @@ mod build;
 mod generate;
 mod inspect;
 mod output;
+mod repo;
 mod runtime;
 mod scaffold;
 mod templates;

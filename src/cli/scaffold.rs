@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::Output;
+use super::{Output, repo};
 use crate::error::Result;
 use crate::read::Repository;
 use crate::scaffold::{self, Draft};
@@ -21,7 +21,7 @@ use crate::scaffold::{self, Draft};
 #[command(after_help = "Example:\n  hf2onnx scaffold REPO --output my.toml\n  \
     hf2onnx build REPO --template my.toml --output out/my --verify=golden.safetensors")]
 pub(super) struct Scaffold {
-    /// A directory with config.json and safetensors files
+    /// A directory with config.json and safetensors files, or a model of the Hugging Face hub: org/name[@revision]
     repo: PathBuf,
     /// Where to write the draft [default: it is printed]
     #[arg(long, short, value_name = "FILE")]
@@ -31,7 +31,7 @@ pub(super) struct Scaffold {
 impl Scaffold {
     /// Runs the command.
     pub(super) fn run(self, output: &mut Output) -> Result<()> {
-        let repository = Repository::open(&self.repo)?;
+        let repository = Repository::open(&repo::directory(&self.repo, output)?)?;
         let draft = scaffold::draft(&repository)?;
         if let Some(path) = &self.output {
             scaffold::write(&draft, path)?;

@@ -7,6 +7,7 @@ use super::{Compiled, Options, Weights};
 use crate::build::Logits;
 use crate::describe::Accounting;
 use crate::error::Result;
+use crate::hub;
 use crate::lower::{Note, Padding};
 use crate::read::{FileHash, hash_files};
 use crate::spec::ModelSpec;
@@ -23,6 +24,8 @@ pub(super) struct Manifest {
     weights: &'static str,
     onnx: String,
     pub(super) verified: Option<Value>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    hub: Option<hub::Source>,
     sources: Vec<FileHash>,
     outputs: Vec<FileHash>,
     spec: ModelSpec,
@@ -71,6 +74,7 @@ impl Manifest {
             },
             onnx: format!("onnx/{}", options.file_name()),
             verified: None,
+            hub: hub::source(&compiled.repository.dir),
             sources,
             outputs,
             spec: compiled.description.spec.clone(),

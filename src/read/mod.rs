@@ -62,16 +62,9 @@ fn check_directory(dir: &Path) -> Result<()> {
     if dir.exists() {
         return Err(error.found("a file").help("give the directory that the file lies in"));
     }
-    let text = dir.to_string_lossy();
-    let hub_id = !dir.is_absolute() && text.split('/').count() == 2 && !text.starts_with('.');
-    Err(error.found("no such directory").help(if hub_id {
-        format!(
-            "ids of the Hugging Face hub are not downloaded yet; if this is one, run \
-             `hf download {text} --local-dir DIR` and give DIR"
-        )
-    } else {
-        "check the path".to_owned()
-    }))
+    Err(error
+        .found("no such directory")
+        .help("check the path; a model of the Hugging Face hub is named org/name or org/name@revision"))
 }
 
 fn config_missing(dir: &Path) -> Error {

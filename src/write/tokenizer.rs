@@ -145,3 +145,18 @@ fn added_tokens(dir: &Path) -> Vec<AddedToken> {
     let tokenizer = bytes.and_then(|bytes| serde_json::from_slice::<Tokenizer>(&bytes).ok());
     tokenizer.map(|tokenizer| tokenizer.added_tokens).unwrap_or_default()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_copied_is_downloaded() {
+        for name in FILES.iter().chain([&CONFIG]) {
+            assert!(crate::hub::is_wanted(name), "{name}");
+        }
+        for directory in TEMPLATES {
+            assert!(crate::hub::is_wanted(&format!("{directory}/a.jinja")), "{directory}");
+        }
+    }
+}
