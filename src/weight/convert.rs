@@ -4,6 +4,9 @@ use half::{bf16, f16, slice::HalfFloatSliceExt};
 
 use crate::element::ElementType;
 
+/// Elements that are converted at a time: few enough for the second pass to find them in the cache.
+const STEP: usize = 4096;
+
 /// Converts the elements of `from` into `out`, which holds as many of its own type. Equal types are copied.
 pub(crate) fn convert(
     from: &[u8],
@@ -22,8 +25,6 @@ pub(crate) fn convert(
         }
         return Ok(());
     }
-    // Small enough for the second pass to find it in the cache.
-    const STEP: usize = 4096;
     let mut values = Vec::with_capacity(STEP);
     let parts = from.chunks(STEP * from_element.size()).zip(out.chunks_mut(STEP * out_element.size()));
     for (from, out) in parts {

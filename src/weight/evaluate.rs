@@ -124,7 +124,9 @@ impl Evaluation {
                 of.fill(tensors, first, &mut stored)?;
                 let mut values = Vec::new();
                 read_floats(&stored, of.element, &mut values)?;
-                values.iter_mut().for_each(|value| *value += 1.0);
+                for value in &mut values {
+                    *value += 1.0;
+                }
                 Ok(write_floats(&values, self.element, out)?)
             }
             Node::Join { widths, parts } => self.join(tensors, (widths, parts), first, out),
