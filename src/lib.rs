@@ -23,7 +23,8 @@
 //!
 //! Beside the pipeline: [`graph`] is the form of both graphs and their symbolic shapes, [`weight`] the language of
 //! transforms, [`opset`] the operators and targets as data, [`onnx`] the file format's messages; [`runtime`] finds
-//! onnxruntime, [`session`] runs a built directory, [`generate`] continues text with it, [`cli`] is the program.
+//! onnxruntime, [`session`] runs a built directory, [`generate`] continues text with it, [`synth`] makes
+//! random checkpoints of a model's shapes, [`cli`] is the program.
 //!
 //! # Invariants
 //!
@@ -74,6 +75,7 @@ pub mod scaffold;
 pub mod session;
 pub mod spec;
 mod stage;
+pub mod synth;
 pub mod tokenizer;
 #[cfg(test)]
 mod toy;

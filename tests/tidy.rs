@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 type TestResult<T = ()> = Result<T, Box<dyn Error>>;
 
 /// The modules in the order of the pipeline: each may use those before it.
-const PIPELINE: [&str; 25] = [
+const PIPELINE: [&str; 27] = [
     "error",
     "stage",
     "element",
@@ -27,6 +27,7 @@ const PIPELINE: [&str; 25] = [
     "bind",
     "write",
     "scaffold",
+    "synth",
     "compile",
     "runtime",
     "session",

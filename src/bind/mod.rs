@@ -6,4 +6,5 @@
 
 mod plan;
 
+pub(crate) use plan::parameter_shapes;
 pub use plan::{Initializer, Linked, Parameter, Plan, parameters, plan, stored};

@@ -145,7 +145,8 @@ fn fixed(shape: &[Dim]) -> Vec<usize> {
     shape.iter().map(|dim| dim.value().and_then(|size| usize::try_from(size).ok()).unwrap_or(0)).collect()
 }
 
-fn parameter_shapes(model: &Graph<Model>) -> BTreeMap<String, Vec<usize>> {
+/// Name and shape of every parameter of a model.
+pub(crate) fn parameter_shapes(model: &Graph<Model>) -> BTreeMap<String, Vec<usize>> {
     let literals = model.values().filter(|(_, value)| matches!(value.source, Source::Literal(_)));
     literals.map(|(_, value)| (value.name.clone(), fixed(&value.ty.shape))).collect()
 }

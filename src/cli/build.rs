@@ -123,7 +123,7 @@ enum LogitsOption {
 }
 
 /// `2GB`, `500MB`, `1.5GiB` or a number of bytes.
-fn size(text: &str) -> Result<u64, String> {
+pub(super) fn size(text: &str) -> Result<u64, String> {
     const UNITS: [(&str, u64); 7] = [
         ("KIB", 1 << 10),
         ("MIB", 1 << 20),
@@ -364,7 +364,7 @@ fn sibling(output: &Path) -> PathBuf {
 }
 
 /// A bar over bytes; indicatif hides it where nobody watches.
-fn progress_bar(bytes: u64, output: &Output) -> ProgressBar {
+pub(super) fn progress_bar(bytes: u64, output: &Output) -> ProgressBar {
     if output.is_json() {
         return ProgressBar::hidden();
     }

@@ -2,6 +2,7 @@
 //! (0 done, 1 failed, 2 called wrongly).
 
 mod build;
+mod dev;
 mod generate;
 mod inspect;
 mod output;
@@ -44,6 +45,8 @@ enum Command {
     Templates(templates::Templates),
     Scaffold(scaffold::Scaffold),
     Runtime(runtime::Runtime),
+    #[command(hide = true)]
+    Dev(dev::Dev),
 }
 
 /// Runs the program with the process's arguments.
@@ -63,6 +66,7 @@ pub fn main() -> ExitCode {
         Command::Templates(command) => command.run(&mut output),
         Command::Scaffold(command) => command.run(&mut output),
         Command::Runtime(command) => command.run(&mut output),
+        Command::Dev(command) => command.run(&mut output),
     };
     for (stage, seconds) in timings.iter().flat_map(Timings::seconds) {
         output.say(&format!("{stage:<18} {seconds:>9.4} s"));
