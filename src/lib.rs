@@ -23,7 +23,8 @@
 //!
 //! Beside the pipeline: [`graph`] is the form of both graphs and their symbolic shapes, [`weight`] the language of
 //! transforms, [`opset`] the operators and targets as data, [`onnx`] the file format's messages; [`runtime`] finds
-//! onnxruntime, [`session`] runs a built directory, [`generate`] continues text with it, [`cli`] is the program.
+//! onnxruntime, [`session`] runs a built directory, [`generate`] continues text with it, [`diff`] compares two of them,
+//! [`interrupt`] hears Ctrl-C, [`cli`] is the program.
 //!
 //! # Invariants
 //!
@@ -58,6 +59,7 @@ pub mod build;
 pub mod cli;
 pub mod compile;
 pub mod describe;
+pub mod diff;
 pub mod element;
 pub mod error;
 pub mod generate;
@@ -65,6 +67,7 @@ pub mod golden;
 pub mod graph;
 pub mod hub;
 pub mod inspect;
+pub mod interrupt;
 pub mod lower;
 pub mod onnx;
 pub mod opset;

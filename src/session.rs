@@ -233,6 +233,7 @@ impl Decoder {
         state: &mut State,
         hidden: bool,
     ) -> Result<(DynValue, Vec<DynValue>)> {
+        crate::interrupt::check()?;
         let file = self.file.clone();
         let failed = |e: ort::Error| refused(&file, &e);
         let mut feed: Vec<(&str, SessionInputValue<'_>)> = vec![(IDS, tensor(ids).map_err(failed)?.into())];

@@ -10,9 +10,10 @@ use std::path::{Path, PathBuf};
 type TestResult<T = ()> = Result<T, Box<dyn Error>>;
 
 /// The modules in the order of the pipeline: each may use those before it.
-const PIPELINE: [&str; 25] = [
+const PIPELINE: [&str; 28] = [
     "error",
     "stage",
+    "interrupt",
     "element",
     "onnx",
     "opset",
@@ -36,6 +37,7 @@ const PIPELINE: [&str; 25] = [
     "verify",
     "generate",
     "inspect",
+    "diff",
     "cli",
 ];
 const FILE_LINES: usize = 600;
