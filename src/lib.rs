@@ -23,8 +23,8 @@
 //!
 //! Beside the pipeline: [`graph`] is the form of both graphs and their symbolic shapes, [`weight`] the language of
 //! transforms, [`opset`] the operators and targets as data, [`onnx`] the file format's messages; [`runtime`] finds
-//! onnxruntime, [`session`] runs a built directory, [`generate`] continues text with it, [`diff`] compares two of them,
-//! [`interrupt`] hears Ctrl-C, [`cli`] is the program.
+//! onnxruntime, [`session`] runs a built directory, [`generate`] continues text with it, [`bench`] measures
+//! it, [`diff`] compares two, [`interrupt`] hears Ctrl-C, [`cli`] is the program.
 //!
 //! # Invariants
 //!
@@ -54,6 +54,7 @@
 //! `lower/attention.rs` how one composite operation becomes three different ones. The errors are one type,
 //! [`error::Error`]: code, subject, found, expected, help.
 
+pub mod bench;
 pub mod bind;
 pub mod build;
 pub mod cli;

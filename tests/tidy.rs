@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 type TestResult<T = ()> = Result<T, Box<dyn Error>>;
 
 /// The modules in the order of the pipeline: each may use those before it.
-const PIPELINE: [&str; 28] = [
+const PIPELINE: [&str; 29] = [
     "error",
     "stage",
     "interrupt",
@@ -36,6 +36,7 @@ const PIPELINE: [&str; 28] = [
     "toy",
     "verify",
     "generate",
+    "bench",
     "inspect",
     "diff",
     "cli",

@@ -1,6 +1,7 @@
 //! The command line: results on stdout, everything else on stderr, and exit codes that scripts can trust
 //! (0 done, 1 failed, 2 called wrongly, 130 interrupted; `diff` has 1 for different and 2 for trouble, as diff has).
 
+mod bench;
 mod build;
 mod diff;
 mod generate;
@@ -43,6 +44,7 @@ enum Command {
     Inspect(Box<inspect::Inspect>),
     Generate(generate::Generate),
     Diff(diff::Diff),
+    Bench(bench::Bench),
     Templates(templates::Templates),
     Scaffold(scaffold::Scaffold),
     Runtime(runtime::Runtime),
@@ -64,6 +66,7 @@ pub fn main() -> ExitCode {
         Command::Inspect(command) => command.run(&mut output),
         Command::Generate(command) => command.run(&mut output),
         Command::Diff(command) => command.run(&mut output),
+        Command::Bench(command) => command.run(&mut output),
         Command::Templates(command) => command.run(&mut output),
         Command::Scaffold(command) => command.run(&mut output),
         Command::Runtime(command) => command.run(&mut output),
