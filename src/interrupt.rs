@@ -37,7 +37,7 @@ pub fn check() -> Result<()> {
     if requested() {
         return Err(Error::new(Code::Interrupted, "hf2onnx")
             .found("Ctrl-C, or a request of the system to end")
-            .help("nothing is left behind: run it again"));
+            .help("no output was left half made: run it again"));
     }
     Ok(())
 }
