@@ -49,6 +49,8 @@ pub enum Code {
     NodeInvalid,
     /// The disk has no room for the output.
     DiskFull,
+    /// An ONNX file does not parse, or an initializer's bytes are not where it says.
+    ModelInvalid,
     /// The output directory exists.
     OutputExists,
     /// onnxruntime's library was not found or can not be used.
@@ -73,6 +75,8 @@ pub enum Code {
     HubOffline,
     /// A downloaded file does not have the hash that the hub gives.
     DownloadCorrupt,
+    /// The user ended it.
+    Interrupted,
 }
 
 impl Code {
@@ -99,6 +103,7 @@ impl Code {
             Self::SpecInvalid => "spec-invalid",
             Self::NodeInvalid => "node-invalid",
             Self::DiskFull => "disk-full",
+            Self::ModelInvalid => "model-invalid",
             Self::OutputExists => "output-exists",
             Self::RuntimeMissing => "runtime-missing",
             Self::RuntimeFailed => "runtime-failed",
@@ -111,6 +116,7 @@ impl Code {
             Self::HubUnreachable => "hub-unreachable",
             Self::HubOffline => "hub-offline",
             Self::DownloadCorrupt => "download-corrupt",
+            Self::Interrupted => "interrupted",
         }
     }
 }

@@ -23,8 +23,9 @@
 //!
 //! Beside the pipeline: [`graph`] is the form of both graphs and their symbolic shapes, [`weight`] the language of
 //! transforms, [`opset`] the operators and targets as data, [`onnx`] the file format's messages; [`runtime`] finds
-//! onnxruntime, [`session`] runs a built directory, [`generate`] continues text with it, [`synth`] makes
-//! random checkpoints of a model's shapes, [`cli`] is the program.
+//! onnxruntime, [`session`] runs a built directory, [`generate`] continues text with it, [`bench`] measures
+//! it, [`diff`] compares two, [`synth`] makes random checkpoints of a model's shapes, [`interrupt`] hears Ctrl-C,
+//! [`cli`] is the program.
 //!
 //! # Invariants
 //!
@@ -54,11 +55,13 @@
 //! `lower/attention.rs` how one composite operation becomes three different ones. The errors are one type,
 //! [`error::Error`]: code, subject, found, expected, help.
 
+pub mod bench;
 pub mod bind;
 pub mod build;
 pub mod cli;
 pub mod compile;
 pub mod describe;
+pub mod diff;
 pub mod element;
 pub mod error;
 pub mod generate;
@@ -66,6 +69,7 @@ pub mod golden;
 pub mod graph;
 pub mod hub;
 pub mod inspect;
+pub mod interrupt;
 pub mod lower;
 pub mod onnx;
 pub mod opset;

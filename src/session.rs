@@ -1,5 +1,7 @@
 //! A decoder in onnxruntime: opened from a built directory, run step by step with its state kept as onnxruntime's own values.
 
+mod row;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -10,6 +12,8 @@ use prost::Message as _;
 use crate::element::ElementType;
 use crate::error::{Code, Error, Result};
 use crate::onnx::{GraphProto, ModelProto, ValueInfoProto};
+
+pub use row::{Mark, Row};
 
 /// How to open a decoder.
 #[derive(Debug, Clone, Default)]
@@ -122,6 +126,7 @@ pub struct Decoder {
     logits: String,
     hidden: Vec<(usize, String)>,
     element: ElementType,
+    shared: bool,
 }
 
 const IDS: &str = "input_ids";
@@ -137,7 +142,8 @@ impl Decoder {
             Error::new(Code::RuntimeMissing, "onnxruntime").found("no library was loaded").help("run `hf2onnx runtime`")
         })?;
         let session = open_session(environment, &file, options).map_err(|e| refused(&file, &e))?;
-        Self::inspect(session, file)
+        let shared = shares_buffers(path);
+        Ok(Self { shared, ..Self::inspect(session, file)? })
     }
 
     fn inspect(session: Session, file: PathBuf) -> Result<Self> {
@@ -168,7 +174,7 @@ impl Decoder {
             outputs.iter().filter_map(|name| Some((name.strip_prefix(HIDDEN)?.parse().ok()?, name.clone()))).collect();
         hidden.sort();
         let (has_mask, has_positions, logits) = (has(MASK), has(POSITIONS), logits.name().to_owned());
-        Ok(Self { session, file, slots, has_mask, has_positions, logits, hidden, element })
+        Ok(Self { session, file, slots, has_mask, has_positions, logits, hidden, element, shared: false })
     }
 
     /// The ONNX file.
@@ -233,6 +239,7 @@ impl Decoder {
         state: &mut State,
         hidden: bool,
     ) -> Result<(DynValue, Vec<DynValue>)> {
+        crate::interrupt::check()?;
         let file = self.file.clone();
         let failed = |e: ort::Error| refused(&file, &e);
         let mut feed: Vec<(&str, SessionInputValue<'_>)> = vec![(IDS, tensor(ids).map_err(failed)?.into())];
@@ -317,6 +324,14 @@ fn locate(path: &Path) -> Result<PathBuf> {
     // `model.onnx` before `model_fp16.onnx`, and the `onnx` folder before the directory itself.
     found.sort_by_key(|p| (p.components().count() == path.components().count() + 1, p.as_os_str().len(), p.clone()));
     existing(found.into_iter().next().unwrap_or_else(|| path.join("onnx/model.onnx")))
+}
+
+/// True if `genai_config.json` says that past and present may be one buffer.
+fn shares_buffers(directory: &Path) -> bool {
+    let config = fs::read(directory.join("genai_config.json")).ok();
+    let config: Option<serde_json::Value> = config.and_then(|text| serde_json::from_slice(&text).ok());
+    let share = config.as_ref().and_then(|config| config.pointer("/search/past_present_share_buffer"));
+    share.and_then(serde_json::Value::as_bool).unwrap_or(false)
 }
 
 fn existing(file: PathBuf) -> Result<PathBuf> {

@@ -10,9 +10,10 @@ use std::path::{Path, PathBuf};
 type TestResult<T = ()> = Result<T, Box<dyn Error>>;
 
 /// The modules in the order of the pipeline: each may use those before it.
-const PIPELINE: [&str; 27] = [
+const PIPELINE: [&str; 30] = [
     "error",
     "stage",
+    "interrupt",
     "element",
     "onnx",
     "opset",
@@ -36,7 +37,9 @@ const PIPELINE: [&str; 27] = [
     "toy",
     "verify",
     "generate",
+    "bench",
     "inspect",
+    "diff",
     "cli",
 ];
 const FILE_LINES: usize = 600;

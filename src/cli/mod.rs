@@ -1,8 +1,10 @@
 //! The command line: results on stdout, everything else on stderr, and exit codes that scripts can trust
-//! (0 done, 1 failed, 2 called wrongly).
+//! (0 done, 1 failed, 2 called wrongly, 130 interrupted; `diff` has 1 for different and 2 for trouble, as diff has).
 
+mod bench;
 mod build;
 mod dev;
+mod diff;
 mod generate;
 mod inspect;
 mod output;
@@ -42,6 +44,8 @@ enum Command {
     Verify(verify::Verify),
     Inspect(Box<inspect::Inspect>),
     Generate(generate::Generate),
+    Diff(diff::Diff),
+    Bench(bench::Bench),
     Templates(templates::Templates),
     Scaffold(scaffold::Scaffold),
     Runtime(runtime::Runtime),
@@ -59,10 +63,13 @@ pub fn main() -> ExitCode {
     listen(timings.clone());
     let mut output = Output::new(cli.json);
     let result = match cli.command {
-        Command::Build(command) => command.run(&mut output),
+        // The only command that leaves something behind when it is cut short; the others end at once.
+        Command::Build(command) => crate::interrupt::install().and_then(|()| command.run(&mut output)),
         Command::Verify(command) => command.run(&mut output),
         Command::Inspect(command) => command.run(&mut output),
         Command::Generate(command) => command.run(&mut output),
+        Command::Diff(command) => command.run(&mut output),
+        Command::Bench(command) => command.run(&mut output),
         Command::Templates(command) => command.run(&mut output),
         Command::Scaffold(command) => command.run(&mut output),
         Command::Runtime(command) => command.run(&mut output),

@@ -13,17 +13,24 @@ pub struct Output {
     json: bool,
     closed: bool,
     failure: Option<io::Error>,
+    done: u8,
+    failed: u8,
 }
 
 impl Output {
     /// An output; with `json` results and errors are JSON.
     pub fn new(json: bool) -> Self {
-        Self { json, closed: false, failure: None }
+        Self { json, closed: false, failure: None, done: 0, failed: 1 }
     }
 
     /// True if results are wanted as JSON.
     pub fn is_json(&self) -> bool {
         self.json
+    }
+
+    /// The exit code of a command that succeeds, and of one that fails.
+    pub fn set_exit_codes(&mut self, done: u8, failed: u8) {
+        (self.done, self.failed) = (done, failed);
     }
 
     /// True once nobody reads any more.
@@ -69,10 +76,11 @@ impl Output {
             None => Ok(()),
         });
         match result {
-            Ok(()) => ExitCode::SUCCESS,
+            Ok(()) => ExitCode::from(self.done),
             Err(error) => {
                 self.say(&if self.json { error.to_json().to_string() } else { error.to_string() });
-                ExitCode::FAILURE
+                // As shells say of a program that Ctrl-C ended.
+                ExitCode::from(if error.code == Code::Interrupted { 130 } else { self.failed })
             }
         }
     }

@@ -9,9 +9,12 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use crate::error::{Code, Error, Result};
-use crate::session::{Decoder, IntMatrix};
+use crate::session::Decoder;
 use crate::tokenizer::{Stream, Tokenizer};
 use sampling::{Sampler, Sampling};
+
+/// New tokens that the caches have room for at first.
+const ROOM: usize = 256;
 
 /// How to generate.
 #[derive(Debug, Clone)]
@@ -70,15 +73,12 @@ pub fn generate(
     }
     let mut sampler = Sampler::new(settings.sampling);
     let mut stream = Stream::new(tokenizer, prompt);
-    let mut state = decoder.empty_state(1)?;
+    let mut row = decoder.row(prompt.len().saturating_add(settings.max_new_tokens.min(ROOM)), true)?;
     let mut all: Vec<i64> = prompt.iter().copied().map(i64::from).collect();
     let (mut from, mut text, mut finish) = (0, String::new(), Finish::Length);
     let (start, mut first) = (Instant::now(), None);
     while all.len() - prompt.len() < settings.max_new_tokens {
-        let new = IntMatrix::from_row(all.get(from..).unwrap_or_default().to_vec());
-        let positions = (0_i64..).skip(from).take(new.columns).collect();
-        let mask = IntMatrix::from_row(vec![1; all.len()]);
-        let logits = decoder.run_last(&new, &mask, &IntMatrix::from_row(positions), &mut state)?;
+        let logits = decoder.extend(&mut row, all.get(from..).unwrap_or_default())?;
         from = all.len();
         let token = u32::try_from(sampler.next(logits, &all)).unwrap_or(u32::MAX);
         first.get_or_insert_with(|| start.elapsed());

@@ -71,6 +71,7 @@ fn patiently<T>(client: &Client, settings: &Settings, mut request: impl FnMut() 
 
 /// Waits after a failure, longer each time, and gives up after the last attempt.
 fn pause(client: &Client, settings: &Settings, failed: u32, why: &str) -> Result<()> {
+    crate::interrupt::check()?;
     tracing::debug!("{}: attempt {failed}: {why}", client.id);
     if failed >= settings.attempts {
         return Err(client.gave_up(why));
@@ -202,6 +203,7 @@ impl Download<'_> {
         let mut body = stream.body.into_reader();
         let mut buffer = vec![0; CHUNK];
         while part.length < remote.size {
+            crate::interrupt::check()?;
             if self.stopped.load(Ordering::Relaxed) {
                 // Another file's error is the one that is told.
                 return Err(self.client.gave_up("stopped").into());

@@ -10,6 +10,7 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
+use crate::interrupt;
 
 /// A file's name, size and hash.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -41,6 +42,7 @@ pub(crate) fn hash_file(path: &Path, stop: &AtomicBool) -> Result<FileHash> {
     let mut buffer = vec![0; 1 << 20];
     let mut size: u64 = 0;
     while !stop.load(Ordering::Relaxed) {
+        interrupt::check()?;
         let count = match file.read(&mut buffer) {
             Ok(0) => break,
             Ok(count) => count,

@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use tempfile::NamedTempFile;
 
 use crate::error::{Code, Error, Result};
+use crate::interrupt;
 
 /// Whether an existing output may be replaced.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,11 +66,19 @@ impl Staging {
     }
 
     /// Puts the directory in its place. Everything is on the disk before it appears there.
+    ///
+    /// # Errors
+    /// The output exists and may not be replaced, the disk refuses, or the user asked for an end.
     pub fn commit(self) -> Result<()> {
         settle(&self.path)?;
+        interrupt::check()?;
         check_replaceable(&self.output, self.force)?;
         let io = |error: std::io::Error| Error::io(&self.output, &error);
         if self.output.symlink_metadata().is_ok() {
+            if exchange(&self.path, &self.output) {
+                // What was replaced goes with the staging directory's name.
+                return sync_parent(&self.output);
+            }
             let aside = with_suffix(&self.path, OLD);
             fs::rename(&self.output, &aside).map_err(io)?;
             if let Err(error) = fs::rename(&self.path, &self.output) {
@@ -82,16 +91,13 @@ impl Staging {
         } else {
             fs::rename(&self.path, &self.output).map_err(io)?;
         }
-        if let Some(parent) = self.output.parent() {
-            sync_directory(parent)?;
-        }
-        Ok(())
+        sync_parent(&self.output)
     }
 }
 
 impl Drop for Staging {
     fn drop(&mut self) {
-        // After a commit there is nothing under this name.
+        // After a commit there is nothing under this name, or what was replaced.
         if let Err(error) = fs::remove_dir_all(&self.path)
             && error.kind() != ErrorKind::NotFound
         {
@@ -284,6 +290,22 @@ fn set_mode(path: &Path, mode: u32) -> Result<()> {
 #[allow(clippy::unnecessary_wraps)] // as on Unix
 fn set_mode(_: &Path, _: u32) -> Result<()> {
     Ok(())
+}
+
+/// Exchanges two directories in one step. False where the system has no such call; then nothing has changed.
+#[cfg(any(target_os = "linux", target_os = "android", target_vendor = "apple"))]
+fn exchange(a: &Path, b: &Path) -> bool {
+    use rustix::fs::{CWD, RenameFlags, renameat_with};
+    renameat_with(CWD, a, CWD, b, RenameFlags::EXCHANGE).is_ok()
+}
+
+#[cfg(not(any(target_os = "linux", target_os = "android", target_vendor = "apple")))]
+fn exchange(_: &Path, _: &Path) -> bool {
+    false
+}
+
+fn sync_parent(path: &Path) -> Result<()> {
+    path.parent().map_or(Ok(()), sync_directory)
 }
 
 /// Makes the names in a directory last. Windows has no such call, and needs none.

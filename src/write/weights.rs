@@ -12,6 +12,7 @@ use super::sink::{Buffer, Pool, with_sink};
 use crate::bind::{Initializer, Plan};
 use crate::element::ElementType;
 use crate::error::{Code, Error, Result};
+use crate::interrupt;
 use crate::read::{Checkpoint, FileHash, hash_file};
 use crate::stage::stage;
 use crate::weight::{Evaluation, Tensors, convert};
@@ -106,6 +107,7 @@ fn pack(
     let (mut file, mut source) = (None, None);
     let ((), files) = with_sink(paths, window, |sink| {
         loop {
+            interrupt::check()?;
             let round: Vec<Job> = jobs.by_ref().take(window).collect();
             if round.is_empty() {
                 return if file.is_some() { sink.end() } else { Ok(()) };
