@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 type TestResult<T = ()> = Result<T, Box<dyn Error>>;
 
 /// The modules in the order of the pipeline: each may use those before it.
-const PIPELINE: [&str; 25] = [
+const PIPELINE: [&str; 27] = [
     "error",
     "stage",
     "element",
@@ -18,6 +18,7 @@ const PIPELINE: [&str; 25] = [
     "opset",
     "weight",
     "hub",
+    "quantize",
     "read",
     "spec",
     "describe",
