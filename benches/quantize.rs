@@ -3,7 +3,6 @@
 //! Each figure is the best of many short runs, so that what else the machine does counts little.
 #![expect(clippy::print_stdout, reason = "the table is the result")]
 
-use std::error::Error;
 use std::time::{Duration, Instant};
 
 use hf2onnx::quantize::{Algorithm, Inputs, ScaleType, Scheme, quantize_rows, quantize_with_inputs};
@@ -12,10 +11,10 @@ const COLUMNS: usize = 2048;
 const ROWS: usize = 128;
 const RUNS: usize = 60;
 
-fn main() -> Result<(), Box<dyn Error>> {
+fn main() -> Result<(), String> {
     let values = noise(ROWS * COLUMNS);
     // Work on this thread alone: figures per core.
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build()?;
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().map_err(|e| e.to_string())?;
     pool.install(|| {
         for bits in [4, 8, 2] {
             for (symmetric, block_size) in [(true, 32), (true, 128), (false, 32), (false, 128)] {
@@ -33,7 +32,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 }
 
 /// The mode that uses data, whose cost grows with the number of columns.
-fn calibrated(values: &[f32]) -> Result<(), Box<dyn Error>> {
+fn calibrated(values: &[f32]) -> Result<(), String> {
     let mut moments = vec![0.0; COLUMNS * COLUMNS];
     moments.iter_mut().step_by(COLUMNS + 1).for_each(|value| *value = 1.0);
     let start = Instant::now();

@@ -66,9 +66,8 @@ impl Grid {
     pub(super) fn fit<S: Simd>(&self, simd: S, block: &[Lanes], weights: &[Lanes], range: Range) -> Fit {
         let plain = self.nearest(range);
         match self.algorithm {
-            Algorithm::Nearest => plain,
             Algorithm::Search if SEARCHED.contains(&range.largest()) => self.search(simd, block, weights, range, plain),
-            Algorithm::Search => plain,
+            Algorithm::Search | Algorithm::Nearest => plain,
         }
     }
 

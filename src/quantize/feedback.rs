@@ -84,7 +84,9 @@ fn eliminate(matrix: &mut [f32], columns: usize, least: f32) -> Vec<f32> {
             let (others, row) = panel.split_at_mut(last * columns);
             let (length, row) = (start + last, row.get(..columns).unwrap_or_default());
             let pivot = row.get(length).copied().unwrap_or(least).max(least);
-            panel_pivots.iter_mut().skip(last).take(1).for_each(|slot| *slot = pivot);
+            if let Some(slot) = panel_pivots.get_mut(last) {
+                *slot = pivot;
+            }
             for (index, other) in others.chunks_mut(columns).enumerate() {
                 pulp::Arch::new().dispatch(Subtract { row: other, index: start + index, rows: row, pivots: &[pivot] });
             }
@@ -145,7 +147,7 @@ pub fn quantize_with_inputs(values: &[f32], inputs: &Inputs, scheme: &Scheme) ->
     let mut blocks = Blocks::zeroed(rows, columns, scheme);
     blocks.rows_mut(columns, ROWS, scheme).zip(values.par_chunks(ROWS * columns)).enumerate().try_for_each(
         |(chunk, (out, values))| {
-            let rows = Rows { values, inputs, weights: &weights, scheme, out };
+            let rows = Rows { values, inputs, weights: &weights, scheme, grid: Grid::new(scheme), out };
             pulp::Arch::new().dispatch(rows).map_err(|refused| refused.explain(chunk * ROWS, scheme))
         },
     )?;
@@ -158,6 +160,7 @@ struct Rows<'a> {
     inputs: &'a Inputs,
     weights: &'a [Lanes],
     scheme: &'a Scheme,
+    grid: Grid,
     out: RowsMut<'a>,
 }
 
@@ -167,7 +170,6 @@ impl pulp::WithSimd for Rows<'_> {
     #[inline(always)]
     fn with_simd<S: Simd>(mut self, simd: S) -> Self::Output {
         let (columns, size) = (self.inputs.columns, self.scheme.block_size);
-        let grid = Grid::new(self.scheme);
         for (row, values) in self.values.chunks(columns).enumerate() {
             if values.iter().any(|value| !value.is_finite()) {
                 return Err(Refused::value(values).at(row));
@@ -186,7 +188,7 @@ impl pulp::WithSimd for Rows<'_> {
                 }
             }
             for (row, (targets, errors)) in targets.chunks_mut(columns).zip(errors.chunks_mut(columns)).enumerate() {
-                self.block(simd, index, row, weights, &grid, targets, errors).map_err(|refused| refused.at(row))?;
+                self.block(simd, index, row, weights, targets, errors).map_err(|refused| refused.at(row))?;
             }
         }
         Ok(())
@@ -202,13 +204,12 @@ impl Rows<'_> {
         index: usize,
         row: usize,
         weights: &[Lanes],
-        grid: &Grid,
         targets: &mut [f32],
         errors: &mut [f32],
     ) -> Result<(), Refused> {
         let (columns, size) = (self.inputs.columns, self.scheme.block_size);
         let start = index * size;
-        let end = columns.min(start + size);
+        let (end, grid) = (columns.min(start + size), self.grid);
         let mut padded = [[0.0; LANES]; MOST_LANES];
         let wanted = targets.get_mut(start..end).unwrap_or_default();
         let block = gather(wanted, &mut padded, size);
@@ -229,8 +230,10 @@ impl Rows<'_> {
         let bytes = self.scheme.block_bytes();
         let place = row * self.scheme.blocks(columns) + index;
         let data = self.out.data.get_mut(place * bytes..(place + 1) * bytes).unwrap_or_default();
-        pack::store(block, grid, fit, data);
-        self.out.scales.iter_mut().skip(place).take(1).for_each(|scale| *scale = fit.scale);
+        pack::store(block, &grid, fit, data);
+        if let Some(scale) = self.out.scales.get_mut(place) {
+            *scale = fit.scale;
+        }
         let zeros = self.out.zeros.get_mut(row * self.scheme.row_zero_bytes(columns)..).unwrap_or_default();
         pack::set(zeros, index, self.scheme.bits, fit.zero);
         Ok(())
@@ -257,6 +260,7 @@ fn dot<S: Simd>(simd: S, a: &[f32], b: &[f32]) -> f32 {
 }
 
 #[cfg(test)]
+#[expect(clippy::cast_precision_loss, reason = "small numbers")]
 mod tests {
     use super::super::{Algorithm, dequantize_rows, quantize_rows};
     use super::*;
@@ -276,7 +280,7 @@ mod tests {
         let mut sums = vec![0.0; columns * columns];
         for sample in 0..4 * columns {
             let raw = noise(columns + 3, sample as u64);
-            let size = |column: usize| if column % 7 == 0 { 3.0 } else { 1.0 };
+            let size = |column: usize| if column.is_multiple_of(7) { 3.0 } else { 1.0 };
             let x: Vec<f32> = (0..columns).map(|c| size(c) * raw[c..c + 4].iter().sum::<f32>()).collect();
             for (sums, a) in sums.chunks_mut(columns).zip(&x) {
                 sums.iter_mut().zip(&x).for_each(|(sum, b)| *sum += a * b / (4 * columns) as f32);

@@ -1,4 +1,5 @@
 //! Against references that are written straight from the definitions, one value at a time.
+#![expect(clippy::cast_precision_loss, clippy::float_cmp, reason = "small numbers, and the very same ones")]
 
 use half::{bf16, f16};
 use proptest::prelude::*;
@@ -69,7 +70,7 @@ fn naive_store(x: f32, scales: ScaleType) -> f32 {
 fn naive_nearest(block: &[f32], scheme: &Scheme) -> (f32, f32, Vec<f32>) {
     let (low, high) = block.iter().fold((0.0_f32, 0.0_f32), |(low, high), x| (low.min(*x), high.max(*x)));
     let top = f32::from(u8::MAX >> (8 - scheme.bits()));
-    let middle = (top + 1.0) / 2.0;
+    let middle = f32::midpoint(top, 1.0);
     let extreme = if -low >= high { low } else { high };
     let unrounded = if scheme.is_symmetric() { -extreme / middle } else { high / top - low / top };
     let scale = naive_store(unrounded, scheme.scales());
