@@ -22,10 +22,10 @@
 //! ```
 //!
 //! Beside the pipeline: [`graph`] is the form of both graphs and their symbolic shapes, [`weight`] the language of
-//! transforms, [`opset`] the operators and targets as data, [`onnx`] the file format's messages; [`runtime`] finds
-//! onnxruntime, [`session`] runs a built directory, [`generate`] continues text with it, [`bench`] measures
-//! it, [`diff`] compares two, [`synth`] makes random checkpoints of a model's shapes, [`interrupt`] hears Ctrl-C,
-//! [`cli`] is the program.
+//! transforms, [`quantize`] the arithmetic that turns matrices into small integers, [`opset`] the operators and
+//! targets as data, [`onnx`] the file format's messages; [`runtime`] finds onnxruntime, [`session`] runs a built
+//! directory, [`generate`] continues text with it, [`bench`] measures it, [`diff`] compares two, [`synth`] makes
+//! random checkpoints of a model's shapes, [`interrupt`] hears Ctrl-C, [`cli`] is the program.
 //!
 //! # Invariants
 //!
@@ -73,6 +73,7 @@ pub mod interrupt;
 pub mod lower;
 pub mod onnx;
 pub mod opset;
+pub mod quantize;
 pub mod read;
 pub mod runtime;
 pub mod scaffold;

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 type TestResult<T = ()> = Result<T, Box<dyn Error>>;
 
 /// The modules in the order of the pipeline: each may use those before it.
-const PIPELINE: [&str; 30] = [
+const PIPELINE: [&str; 31] = [
     "error",
     "stage",
     "interrupt",
@@ -19,6 +19,7 @@ const PIPELINE: [&str; 30] = [
     "opset",
     "weight",
     "hub",
+    "quantize",
     "read",
     "spec",
     "describe",

@@ -1,0 +1,304 @@
+//! One block: which scale and zero point, and which integers.
+//!
+//! A block comes as whole [`Lanes`]; where a row ends within one, zeros of weight zero fill it up.
+
+use pulp::Simd;
+
+use super::lanes::{LANES, Lanes, ROUND, fold, total};
+use super::{Algorithm, ScaleType, Scheme};
+
+/// The grid of a scheme: integers from 0 to `top`, around `middle` where no zero point is stored.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Grid {
+    /// The largest integer.
+    pub(super) top: f32,
+    /// The implicit zero point.
+    pub(super) middle: f32,
+    /// Bits of an integer.
+    pub(super) bits: u8,
+    symmetric: bool,
+    scales: ScaleType,
+    algorithm: Algorithm,
+}
+
+/// How a block is written: `(integer - zero) * scale`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Fit {
+    /// As it is stored: rounded to the scheme's type of scales.
+    pub(super) scale: f32,
+    /// An integer of the grid.
+    pub(super) zero: f32,
+}
+
+/// Smallest and largest value of a block, and zero.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Range {
+    low: f32,
+    high: f32,
+}
+
+/// Sixteen grids to be tried at once, one a lane.
+#[derive(Clone, Copy)]
+struct Candidates {
+    /// Reciprocals of their scales.
+    inverse: Lanes,
+    zero: Lanes,
+}
+
+/// Above it nothing is quantised: a scale's rounding could carry the result beyond float32.
+pub(super) const LARGEST: f32 = 8.507_059e37;
+/// Between these the squares of a block's values neither overflow nor vanish; elsewhere a search is not worth it.
+const SEARCHED: std::ops::Range<f32> = 1e-12..1e12;
+
+impl Grid {
+    pub(super) fn new(scheme: &Scheme) -> Self {
+        let (top, middle) = match scheme.bits() {
+            2 => (3.0, 2.0),
+            4 => (15.0, 8.0),
+            _ => (255.0, 128.0),
+        };
+        let (symmetric, scales, algorithm) = (scheme.is_symmetric(), scheme.scales(), scheme.algorithm());
+        Self { top, middle, bits: scheme.bits(), symmetric, scales, algorithm }
+    }
+
+    /// The fit of a block by the scheme's algorithm. `weights` say what an error costs, value by value.
+    #[inline(always)]
+    pub(super) fn fit<S: Simd>(&self, simd: S, block: &[Lanes], weights: &[Lanes], range: Range) -> Fit {
+        let plain = self.nearest(range);
+        match self.algorithm {
+            Algorithm::Search if SEARCHED.contains(&range.largest()) => self.search(simd, block, weights, range, plain),
+            Algorithm::Search | Algorithm::Nearest => plain,
+        }
+    }
+
+    /// The smallest grid that holds every value of the block. A symmetric one gives its longer side, which has one
+    /// integer more, to the larger extreme: the scale takes the sign for that.
+    #[inline(always)]
+    fn nearest(&self, range: Range) -> Fit {
+        if self.symmetric {
+            let scale = self.store(range.extreme() / -self.middle);
+            return Fit { scale, zero: self.middle };
+        }
+        let scale = self.store(range.high / self.top - range.low / self.top);
+        if scale == 0.0 {
+            return Fit { scale, zero: self.middle };
+        }
+        Fit { scale, zero: clamp(round(-range.low / scale), 0.0, self.top) }
+    }
+
+    /// The fit of the least weighted squared error among the plain grid and what least squares make of sixteen others.
+    ///
+    /// Each of the sixteen rounds the block. For those integers `sum(w q x) / sum(w q q)` is the best scale, and leaves
+    /// an error of `sum(w x x) - sum(w q x)^2 / sum(w q q)`. The best one is refined by rounding with its new
+    /// scale, as stored, and once more with the scale that is best for those integers.
+    #[inline(always)]
+    fn search<S: Simd>(&self, simd: S, block: &[Lanes], weights: &[Lanes], range: Range, plain: Fit) -> Fit {
+        let candidates = if self.symmetric { self.mirrored(range) } else { self.shifted(range) };
+        let mut best = (self.judge(simd, block, weights, plain).0, plain);
+        let (mut scale, zero) = self.project(simd, block, weights, &candidates);
+        for _ in 0..REFINED {
+            let fit = Fit { scale: self.store(scale), zero };
+            let (error, refit) = self.judge(simd, block, weights, fit);
+            if error < best.0 {
+                best = (error, fit);
+            }
+            scale = refit;
+        }
+        best.1
+    }
+
+    /// Scales that put the larger extreme on either side, beyond the grid's end or within it.
+    #[inline(always)]
+    fn mirrored(&self, range: Range) -> Candidates {
+        let steps = match self.bits {
+            2 => &MIRRORED_2,
+            4 => &MIRRORED_4,
+            _ => &MIRRORED_8,
+        };
+        let inverse = 1.0 / range.extreme();
+        Candidates { inverse: steps.map(|step| step * inverse), zero: [self.middle; LANES] }
+    }
+
+    /// Ranges cut at either end, with the zero point that each one needs.
+    #[inline(always)]
+    fn shifted(&self, range: Range) -> Candidates {
+        let (low, high) = match self.bits {
+            2 => (&SHIFTED_2.0, &SHIFTED_2.1),
+            4 => (&SHIFTED_4.0, &SHIFTED_4.1),
+            _ => (&SHIFTED_8.0, &SHIFTED_8.1),
+        };
+        let (mut inverse, mut zero) = ([0.0; LANES], [0.0; LANES]);
+        for ((inverse, zero), (low, high)) in inverse.iter_mut().zip(&mut zero).zip(low.iter().zip(high)) {
+            *inverse = self.top / (range.high * high - range.low * low);
+            *zero = clamp(round(-range.low * low * *inverse), 0.0, self.top);
+        }
+        Candidates { inverse, zero }
+    }
+
+    /// The best scale for the integers of the best candidate, and its zero point.
+    ///
+    /// Candidates stand side by side in registers, values follow one another: no sum crosses lanes.
+    #[inline(always)]
+    fn project<S: Simd>(&self, simd: S, block: &[Lanes], weights: &[Lanes], candidates: &Candidates) -> (f32, f32) {
+        let (mut cross, mut square, mut gain) = ([0.0; LANES], [0.0; LANES], [0.0; LANES]);
+        let steps = S::as_simd_f32s(&candidates.inverse).0.iter().zip(S::as_simd_f32s(&candidates.zero).0);
+        let sums = S::as_mut_simd_f32s(&mut cross).0.iter_mut().zip(S::as_mut_simd_f32s(&mut square).0);
+        for (((&inverse, &zero), (cross, square)), gain) in steps.zip(sums).zip(S::as_mut_simd_f32s(&mut gain).0) {
+            let low = simd.sub_f32s(simd.splat_f32s(0.0), zero);
+            let high = simd.add_f32s(low, simd.splat_f32s(self.top));
+            for (value, weight) in block.as_flattened().iter().zip(weights.as_flattened()) {
+                let value = simd.splat_f32s(*value);
+                let q = integer(simd, simd.mul_f32s(value, inverse), low, high);
+                let weighted = simd.mul_f32s(q, simd.splat_f32s(*weight));
+                *cross = simd.add_f32s(*cross, simd.mul_f32s(weighted, value));
+                *square = simd.add_f32s(*square, simd.mul_f32s(weighted, q));
+            }
+            // Where all integers are zero, so is the gain.
+            let divisor = simd.max_f32s(*square, simd.splat_f32s(f32::MIN_POSITIVE));
+            *gain = simd.div_f32s(simd.mul_f32s(*cross, *cross), divisor);
+        }
+        let mut best = (0.0, 0.0, 0.0, self.middle);
+        for (((gain, cross), square), zero) in gain.into_iter().zip(cross).zip(square).zip(candidates.zero) {
+            if gain > best.0 {
+                best = (gain, cross, square, zero);
+            }
+        }
+        (quotient(best.1, best.2), best.3)
+    }
+
+    /// The weighted squared error of a fit, and the scale that is best for its integers.
+    #[inline(always)]
+    fn judge<S: Simd>(&self, simd: S, block: &[Lanes], weights: &[Lanes], fit: Fit) -> (f32, f32) {
+        let (inverse, scale) = (simd.splat_f32s(reciprocal(fit.scale)), simd.splat_f32s(fit.scale));
+        let (low, high) = (simd.splat_f32s(-fit.zero), simd.splat_f32s(self.top - fit.zero));
+        let (mut sum, mut cross, mut square) = ([0.0; LANES], [0.0; LANES], [0.0; LANES]);
+        {
+            let (sum, _) = S::as_mut_simd_f32s(&mut sum);
+            let (cross, _) = S::as_mut_simd_f32s(&mut cross);
+            let (square, _) = S::as_mut_simd_f32s(&mut square);
+            for (values, weights) in block.iter().zip(weights) {
+                let (values, weights) = (S::as_simd_f32s(values).0, S::as_simd_f32s(weights).0);
+                let sums = sum.iter_mut().zip(cross.iter_mut()).zip(square.iter_mut());
+                for (((sum, cross), square), (&value, &weight)) in sums.zip(values.iter().zip(weights)) {
+                    let q = integer(simd, simd.mul_f32s(value, inverse), low, high);
+                    let error = simd.sub_f32s(simd.mul_f32s(q, scale), value);
+                    let weighted = simd.mul_f32s(q, weight);
+                    *sum = simd.add_f32s(*sum, simd.mul_f32s(simd.mul_f32s(error, error), weight));
+                    *cross = simd.add_f32s(*cross, simd.mul_f32s(weighted, value));
+                    *square = simd.add_f32s(*square, simd.mul_f32s(weighted, q));
+                }
+            }
+        }
+        (total(sum), quotient(total(cross), total(square)))
+    }
+
+    /// The integers of sixteen values.
+    #[inline(always)]
+    pub(super) fn integers(&self, values: Lanes, fit: Fit) -> [u8; LANES] {
+        let (inverse, low, high) = (reciprocal(fit.scale), -fit.zero, self.top - fit.zero);
+        // The low byte of the sum is the integer: see `ROUND`.
+        let [zero, ..] = (ROUND + fit.zero).to_bits().to_le_bytes();
+        values.map(|x| {
+            let [byte, ..] = (clamp(x * inverse, low, high) + ROUND).to_bits().to_le_bytes();
+            byte.wrapping_add(zero)
+        })
+    }
+
+    /// The value of the grid that is nearest to another.
+    #[inline(always)]
+    pub(super) fn nearest_value(&self, value: f32, fit: Fit) -> f32 {
+        round(clamp(value * reciprocal(fit.scale), -fit.zero, self.top - fit.zero)) * fit.scale
+    }
+
+    /// A scale as it is stored.
+    #[inline(always)]
+    fn store(&self, scale: f32) -> f32 {
+        self.scales.round(scale)
+    }
+}
+
+impl Range {
+    /// The range of a block and zero, or nothing where a value is not finite or is too large.
+    #[inline(always)]
+    pub(super) fn of(block: &[Lanes]) -> Option<Self> {
+        let (mut low, mut high, mut largest) = ([0.0; LANES], [0.0; LANES], [0; LANES]);
+        for values in block {
+            for (((low, high), largest), value) in low.iter_mut().zip(&mut high).zip(&mut largest).zip(values) {
+                *low = if *value < *low { *value } else { *low };
+                *high = if *value > *high { *value } else { *high };
+                // As integers, so that NaN counts as larger than anything.
+                let bits = (value.to_bits() & 0x7fff_ffff).cast_signed();
+                *largest = if bits > *largest { bits } else { *largest };
+            }
+        }
+        let range = Self { low: fold(low, f32::min), high: fold(high, f32::max) };
+        let limit = LARGEST.to_bits().cast_signed();
+        largest.into_iter().all(|bits| bits <= limit).then_some(range)
+    }
+
+    /// The value that lies farthest from zero.
+    #[inline(always)]
+    fn extreme(self) -> f32 {
+        if -self.low >= self.high { self.low } else { self.high }
+    }
+
+    #[inline(always)]
+    fn largest(self) -> f32 {
+        self.extreme().abs()
+    }
+}
+
+#[inline(always)]
+fn quotient(a: f32, b: f32) -> f32 {
+    if b > 0.0 { a / b } else { 0.0 }
+}
+
+/// The nearest integers, ties to even, within bounds.
+#[inline(always)]
+fn integer<S: Simd>(simd: S, x: S::f32s, low: S::f32s, high: S::f32s) -> S::f32s {
+    let round = simd.splat_f32s(ROUND);
+    let x = simd.min_f32s(simd.max_f32s(x, low), high);
+    simd.sub_f32s(simd.add_f32s(x, round), round)
+}
+
+/// `1 / scale`, or zero for a scale that is zero or whose reciprocal is not finite.
+#[inline(always)]
+fn reciprocal(scale: f32) -> f32 {
+    if scale.abs() < f32::MIN_POSITIVE { 0.0 } else { 1.0 / scale }
+}
+
+#[inline(always)]
+fn round(x: f32) -> f32 {
+    (x + ROUND) - ROUND
+}
+
+#[inline(always)]
+fn clamp(x: f32, low: f32, high: f32) -> f32 {
+    let x = if x < low { low } else { x };
+    if x > high { high } else { x }
+}
+
+/// How often the best candidate is rounded anew.
+const REFINED: usize = 2;
+/// Where the larger extreme is put, counted from the zero point; first where plain rounding puts it.
+const MIRRORED_2: [f32; LANES] =
+    [-2.0, -1.5, -1.75, -2.25, -2.5, -3.0, -3.5, -4.0, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5];
+const MIRRORED_4: [f32; LANES] =
+    [-8.0, -7.2, -7.6, -8.4, -8.8, -9.3, -9.9, -10.6, -11.4, 7.0, 7.4, 7.8, 8.3, 8.8, 9.5, 10.3];
+const MIRRORED_8: [f32; LANES] = [
+    -128.0, -126.5, -127.0, -127.5, -128.4, -129.0, -130.0, -131.0, -133.0, -136.0, 127.0, 127.5, 128.5, 130.0, 132.0,
+    135.0,
+];
+/// Parts of the range that are kept, below and above zero.
+const SHIFTED_2: ([f32; LANES], [f32; LANES]) = (
+    [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 1.0, 0.7, 0.8, 0.5, 0.9, 0.6, 0.4, 0.7, 0.4, 0.3],
+    [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.7, 1.0, 0.5, 0.8, 0.6, 0.9, 0.7, 0.4, 0.4, 0.3],
+);
+const SHIFTED_4: ([f32; LANES], [f32; LANES]) = (
+    [1.0, 1.03, 0.97, 0.93, 0.9, 0.86, 0.8, 0.75, 1.0, 0.9, 0.95, 0.8, 1.0, 0.8, 0.85, 0.7],
+    [1.0, 1.03, 0.97, 0.93, 0.9, 0.86, 0.8, 0.75, 0.9, 1.0, 0.8, 0.95, 0.8, 1.0, 0.7, 0.85],
+);
+const SHIFTED_8: ([f32; LANES], [f32; LANES]) = (
+    [1.0, 1.002, 1.004, 0.998, 0.996, 0.993, 0.99, 0.985, 0.98, 1.0, 0.99, 1.0, 0.98, 0.97, 1.0, 0.96],
+    [1.0, 1.002, 1.004, 0.998, 0.996, 0.993, 0.99, 0.985, 0.98, 0.99, 1.0, 0.98, 1.0, 0.97, 0.96, 1.0],
+);

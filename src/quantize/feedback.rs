@@ -1,0 +1,439 @@
+//! Rounding that knows what the layer's inputs look like: each column's error is made up for by the columns after it.
+//!
+//! For a row `w` and its quantised form `q`, the squared error of the layer's output over the calibration inputs is
+//! `(w - q) H (w - q)^T` with `H` the mean of `x^T x`. GPTQ (Frantar, Ashkboos, Hoefler and Alistarh, "GPTQ: Accurate
+//! Post-Training Quantization for Generative Pre-trained Transformers", 2022, arXiv:2210.17323) quantises the columns
+//! in turn and moves the rest of the row to where the error is least.
+//!
+//! Here the same is computed without the inverse of `H`. With `H = L^T D L`, `L` unit lower triangular, the error is
+//! `sum over k of D[k] (e[k] + sum over i < k of L[k, i] e[i])^2`, `e = w - q`. Its term `k` depends on no later column,
+//! so each is made small in turn: column `k` is rounded from `w[k] + sum over i < k of L[k, i] e[i]`.
+
+use pulp::Simd;
+use rayon::prelude::*;
+
+use super::block::{Grid, Range};
+use super::lanes::{LANES, Lanes, total};
+use super::{Blocks, MOST_LANES, Refused, RowsMut, Scheme, column_weights, gather, pack, row_count};
+
+/// What a layer's inputs look like: the mean of `x^T x` over them, factored. Layers with the same input share one.
+#[derive(Debug, Clone)]
+pub struct Inputs {
+    columns: usize,
+    /// `L`, row-major; what is right of the diagonal means nothing.
+    factor: Vec<f32>,
+    /// `D`.
+    pivots: Vec<f32>,
+}
+
+/// Part of the mean diagonal that is added to the diagonal, as in the paper: inputs that were rarely seen at work
+/// are not trusted to be idle, and the matrix becomes positive definite.
+const DAMPING: f32 = 0.01;
+/// Rows that are eliminated together: they stay in the cache while the others pass by.
+const PANEL: usize = 64;
+/// Rows of a matrix that share what is read of the factor.
+const ROWS: usize = 8;
+
+impl Inputs {
+    /// Factors the mean of `x^T x`, `[columns, columns]`. Takes `columns^3 / 3` multiplications and additions.
+    ///
+    /// # Errors
+    /// Another length, a value that is not finite, or a negative one on the diagonal.
+    pub fn new(second_moments: Vec<f32>, columns: usize) -> Result<Self, String> {
+        if columns == 0 || second_moments.len() != columns * columns {
+            return Err(format!("{} second moments, not {columns} x {columns}", second_moments.len()));
+        }
+        if let Some(at) = second_moments.iter().position(|value| !value.is_finite()) {
+            return Err(format!("the second moment of columns {} and {} is not finite", at / columns, at % columns));
+        }
+        let mut factor = second_moments;
+        let diagonal = || factor.iter().step_by(columns + 1);
+        if let Some(column) = diagonal().position(|value| *value < 0.0) {
+            return Err(format!("the second moment of column {column} is negative"));
+        }
+        #[expect(clippy::cast_precision_loss, reason = "a mean")]
+        let mean = diagonal().sum::<f32>() / columns as f32;
+        // Without any input all columns cost the same.
+        let damping = if mean > 0.0 { mean * DAMPING } else { 1.0 };
+        factor.iter_mut().step_by(columns + 1).for_each(|value| *value += damping);
+        let pivots = eliminate(&mut factor, columns, damping);
+        Ok(Self { columns, factor, pivots })
+    }
+
+    /// Length of an input.
+    pub fn columns(&self) -> usize {
+        self.columns
+    }
+
+    fn row(&self, column: usize) -> &[f32] {
+        self.factor.chunks(self.columns).nth(column).unwrap_or_default()
+    }
+}
+
+/// Turns the lower triangle of a positive definite matrix into `L` and returns `D`, from the last row to the first.
+/// No pivot is below `least`, the smallest eigenvalue, but for rounding.
+fn eliminate(matrix: &mut [f32], columns: usize, least: f32) -> Vec<f32> {
+    let mut pivots = vec![0.0; columns];
+    let mut end = columns;
+    while end > 0 {
+        let start = end.saturating_sub(PANEL);
+        let (before, rest) = matrix.split_at_mut(start * columns);
+        let panel = rest.get_mut(..(end - start) * columns).unwrap_or_default();
+        let panel_pivots = pivots.get_mut(start..end).unwrap_or_default();
+        for last in (0..end - start).rev() {
+            let (others, row) = panel.split_at_mut(last * columns);
+            let (length, row) = (start + last, row.get(..columns).unwrap_or_default());
+            let pivot = row.get(length).copied().unwrap_or(least).max(least);
+            if let Some(slot) = panel_pivots.get_mut(last) {
+                *slot = pivot;
+            }
+            for (index, other) in others.chunks_mut(columns).enumerate() {
+                pulp::Arch::new().dispatch(Subtract { row: other, index: start + index, rows: row, pivots: &[pivot] });
+            }
+        }
+        let (panel, panel_pivots) = (&*panel, &*panel_pivots);
+        before.par_chunks_mut(columns).enumerate().for_each(|(index, row)| {
+            pulp::Arch::new().dispatch(Subtract { row, index, rows: panel, pivots: panel_pivots });
+        });
+        end = start;
+    }
+    matrix
+        .par_chunks_mut(columns)
+        .zip(&pivots)
+        .for_each(|(row, pivot)| row.iter_mut().for_each(|value| *value /= pivot));
+    pivots
+}
+
+/// Takes the eliminated rows from a row before them, up to its diagonal.
+struct Subtract<'a> {
+    row: &'a mut [f32],
+    /// Which row it is.
+    index: usize,
+    rows: &'a [f32],
+    pivots: &'a [f32],
+}
+
+impl pulp::WithSimd for Subtract<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let columns = self.row.len();
+        let Some(row) = self.row.get_mut(..=self.index) else { return };
+        for (other, pivot) in self.rows.chunks(columns).zip(self.pivots).rev() {
+            let factor = other.get(self.index).copied().unwrap_or(0.0) / pivot;
+            let other = other.get(..row.len()).unwrap_or_default();
+            let ((values, rest), (others, others_rest)) = (S::as_mut_simd_f32s(row), S::as_simd_f32s(other));
+            let factors = simd.splat_f32s(factor);
+            for (value, other) in values.iter_mut().zip(others) {
+                *value = simd.sub_f32s(*value, simd.mul_f32s(factors, *other));
+            }
+            for (value, other) in rest.iter_mut().zip(others_rest) {
+                *value -= factor * other;
+            }
+        }
+    }
+}
+
+/// Quantises a row-major matrix for the inputs that it meets. The scales are those of the scheme's algorithm for the
+/// columns as they are when their turn comes, weighted by what is left of each column's importance.
+///
+/// # Errors
+/// As [`super::quantize_rows`]; and inputs of another length.
+pub fn quantize_with_inputs(values: &[f32], inputs: &Inputs, scheme: &Scheme) -> Result<Blocks, String> {
+    let columns = inputs.columns;
+    let rows = row_count(values.len(), columns)?;
+    let weights = column_weights(columns, Some(&inputs.pivots), scheme)?;
+    let mut blocks = Blocks::zeroed(rows, columns, scheme);
+    blocks.rows_mut(columns, ROWS, scheme).zip(values.par_chunks(ROWS * columns)).enumerate().try_for_each(
+        |(chunk, (out, values))| {
+            let rows = Rows { values, inputs, weights: &weights, scheme, grid: Grid::new(scheme), out };
+            pulp::Arch::new().dispatch(rows).map_err(|refused| refused.explain(chunk * ROWS, scheme))
+        },
+    )?;
+    Ok(blocks)
+}
+
+/// A few rows of a matrix, block by block.
+struct Rows<'a> {
+    values: &'a [f32],
+    inputs: &'a Inputs,
+    weights: &'a [Lanes],
+    scheme: &'a Scheme,
+    grid: Grid,
+    out: RowsMut<'a>,
+}
+
+impl pulp::WithSimd for Rows<'_> {
+    type Output = Result<(), Refused>;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(mut self, simd: S) -> Self::Output {
+        let (columns, size) = (self.inputs.columns, self.scheme.block_size);
+        for (row, values) in self.values.chunks(columns).enumerate() {
+            if values.iter().any(|value| !value.is_finite()) {
+                return Err(Refused::value(values).at(row));
+            }
+        }
+        let mut errors = vec![0.0; self.values.len()];
+        let mut targets = self.values.to_vec();
+        for (index, weights) in self.weights.chunks(size / LANES).enumerate() {
+            let start = index * size;
+            for column in start..columns.min(start + size) {
+                let Some(factor) = self.inputs.row(column).get(..start) else { continue };
+                for (errors, targets) in errors.chunks(columns).zip(targets.chunks_mut(columns)) {
+                    if let Some(target) = targets.get_mut(column) {
+                        *target += dot(simd, errors, factor);
+                    }
+                }
+            }
+            for (row, (targets, errors)) in targets.chunks_mut(columns).zip(errors.chunks_mut(columns)).enumerate() {
+                self.block(simd, index, row, weights, targets, errors).map_err(|refused| refused.at(row))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Rows<'_> {
+    /// Quantises one block of one row. `targets` holds what is to be rounded but for the errors made in this block.
+    #[inline(always)]
+    fn block<S: Simd>(
+        &mut self,
+        simd: S,
+        index: usize,
+        row: usize,
+        weights: &[Lanes],
+        targets: &mut [f32],
+        errors: &mut [f32],
+    ) -> Result<(), Refused> {
+        let (columns, size) = (self.inputs.columns, self.scheme.block_size);
+        let start = index * size;
+        let (end, grid) = (columns.min(start + size), self.grid);
+        let mut padded = [[0.0; LANES]; MOST_LANES];
+        let wanted = targets.get_mut(start..end).unwrap_or_default();
+        let block = gather(wanted, &mut padded, size);
+        let Some(range) = Range::of(block) else { return Err(Refused::value(targets)) };
+        let fit = grid.fit(simd, block, weights, range);
+        if !fit.scale.is_finite() {
+            return Err(Refused::Scale { row, column: start });
+        }
+        let values = self.values.get(row * columns + start..row * columns + end).unwrap_or_default();
+        for (offset, (target, value)) in wanted.iter_mut().zip(values).enumerate() {
+            let factor = self.inputs.row(start + offset).get(start..start + offset).unwrap_or_default();
+            *target += dot(simd, errors.get(start..).unwrap_or_default(), factor);
+            if let Some(error) = errors.get_mut(start + offset) {
+                *error = value - grid.nearest_value(*target, fit);
+            }
+        }
+        let block = gather(wanted, &mut padded, size);
+        let bytes = self.scheme.block_bytes();
+        let place = row * self.scheme.blocks(columns) + index;
+        let data = self.out.data.get_mut(place * bytes..(place + 1) * bytes).unwrap_or_default();
+        pack::store(block, &grid, fit, data);
+        if let Some(scale) = self.out.scales.get_mut(place) {
+            *scale = fit.scale;
+        }
+        let zeros = self.out.zeros.get_mut(row * self.scheme.row_zero_bytes(columns)..).unwrap_or_default();
+        pack::set(zeros, index, self.scheme.bits, fit.zero);
+        Ok(())
+    }
+}
+
+/// Sum of products, as far as the shorter one goes; sixteen sums, then one.
+#[inline(always)]
+fn dot<S: Simd>(simd: S, a: &[f32], b: &[f32]) -> f32 {
+    let length = a.len().min(b.len());
+    let (a, b) = (a.get(..length).unwrap_or_default(), b.get(..length).unwrap_or_default());
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    let mut sums = [0.0; LANES];
+    {
+        let (sums, _) = S::as_mut_simd_f32s(&mut sums);
+        for (a, b) in a.iter().zip(b) {
+            for ((sum, &a), &b) in sums.iter_mut().zip(S::as_simd_f32s(a).0).zip(S::as_simd_f32s(b).0) {
+                *sum = simd.add_f32s(*sum, simd.mul_f32s(a, b));
+            }
+        }
+    }
+    let rest: f32 = a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum();
+    total(sums) + rest
+}
+
+#[cfg(test)]
+#[expect(clippy::cast_precision_loss, reason = "small numbers")]
+mod tests {
+    use super::super::{Algorithm, dequantize_rows, quantize_rows};
+    use super::*;
+
+    /// Uniform between -1 and 1, the same in every run.
+    fn noise(count: usize, seed: u64) -> Vec<f32> {
+        let mut state = seed;
+        let mut next = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            f32::from(u16::try_from(state >> 48).expect("16 bits")) / 32768.0 - 1.0
+        };
+        (0..count).map(|_| next()).collect()
+    }
+
+    /// The mean of `x^T x` of inputs whose neighbours go together, some larger than others.
+    fn moments(columns: usize) -> Vec<f32> {
+        let mut sums = vec![0.0; columns * columns];
+        for sample in 0..4 * columns {
+            let raw = noise(columns + 3, sample as u64);
+            let size = |column: usize| if column.is_multiple_of(7) { 3.0 } else { 1.0 };
+            let x: Vec<f32> = (0..columns).map(|c| size(c) * raw[c..c + 4].iter().sum::<f32>()).collect();
+            for (sums, a) in sums.chunks_mut(columns).zip(&x) {
+                sums.iter_mut().zip(&x).for_each(|(sum, b)| *sum += a * b / (4 * columns) as f32);
+            }
+        }
+        sums
+    }
+
+    /// `sum over rows of (w - q) H (w - q)^T`.
+    fn output_error(values: &[f32], found: &[f32], moments: &[f32], columns: usize) -> f64 {
+        let rows = values.chunks(columns).zip(found.chunks(columns));
+        rows.map(|(values, found)| {
+            let errors: Vec<f64> = values.iter().zip(found).map(|(a, b)| f64::from(a - b)).collect();
+            let of = |row: &[f32]| row.iter().zip(&errors).map(|(h, e)| f64::from(*h) * e).sum::<f64>();
+            moments.chunks(columns).zip(&errors).map(|(row, error)| of(row) * error).sum::<f64>()
+        })
+        .sum()
+    }
+
+    /// With the damping of [`Inputs::new`].
+    fn damped(moments: &[f32], columns: usize) -> Vec<f64> {
+        let mut matrix: Vec<f64> = moments.iter().map(|x| f64::from(*x)).collect();
+        let mean = (0..columns).map(|i| matrix[i * columns + i]).sum::<f64>() / columns as f64;
+        (0..columns).for_each(|i| matrix[i * columns + i] += mean * f64::from(DAMPING));
+        matrix
+    }
+
+    #[test]
+    fn the_factors_make_the_matrix() {
+        // more than one panel, and a short one
+        let columns = 2 * PANEL + 9;
+        let moments = moments(columns);
+        let inputs = Inputs::new(moments.clone(), columns).expect("factors");
+        let entry = |row: usize, column: usize| match row.cmp(&column) {
+            std::cmp::Ordering::Less => 0.0,
+            std::cmp::Ordering::Equal => 1.0,
+            std::cmp::Ordering::Greater => f64::from(inputs.row(row)[column]),
+        };
+        for (at, wanted) in damped(&moments, columns).into_iter().enumerate() {
+            let (i, j) = (at / columns, at % columns);
+            let pivots = inputs.pivots.iter().enumerate();
+            let found: f64 = pivots.map(|(k, pivot)| entry(k, i) * f64::from(*pivot) * entry(k, j)).sum();
+            assert!((found - wanted).abs() < 1e-4, "{i}, {j}: {found}, not {wanted}");
+        }
+    }
+
+    /// The paper's algorithm as it is written there, with the inverse, for scales that are given.
+    fn textbook(row: &[f32], moments: &[f32], scales: &[f32], size: usize) -> Vec<f64> {
+        let columns = row.len();
+        let mut inverse = invert(damped(moments, columns), columns);
+        let mut row: Vec<f64> = row.iter().map(|x| f64::from(*x)).collect();
+        let mut found = Vec::new();
+        for k in 0..columns {
+            let scale = f64::from(scales[k / size]);
+            let q = (row[k] / scale).round_ties_even().clamp(-8.0, 7.0) * scale;
+            let error = (row[k] - q) / inverse[k * columns + k];
+            found.push(q);
+            for later in k..columns {
+                row[later] -= error * inverse[k * columns + later];
+            }
+            // the column leaves: Gaussian elimination of its row and column
+            for i in k + 1..columns {
+                let factor = inverse[i * columns + k] / inverse[k * columns + k];
+                for j in k + 1..columns {
+                    inverse[i * columns + j] -= factor * inverse[k * columns + j];
+                }
+            }
+        }
+        found
+    }
+
+    /// Gauss-Jordan, without pivoting: the matrix is positive definite.
+    fn invert(mut matrix: Vec<f64>, columns: usize) -> Vec<f64> {
+        let mut inverse = vec![0.0; columns * columns];
+        (0..columns).for_each(|i| inverse[i * columns + i] = 1.0);
+        for k in 0..columns {
+            let pivot = matrix[k * columns + k];
+            for j in 0..columns {
+                matrix[k * columns + j] /= pivot;
+                inverse[k * columns + j] /= pivot;
+            }
+            for i in (0..columns).filter(|i| *i != k) {
+                let factor = matrix[i * columns + k];
+                for j in 0..columns {
+                    matrix[i * columns + j] -= factor * matrix[k * columns + j];
+                    inverse[i * columns + j] -= factor * inverse[k * columns + j];
+                }
+            }
+        }
+        inverse
+    }
+
+    #[test]
+    fn it_is_the_papers_algorithm() {
+        let columns = 75;
+        let moments = moments(columns);
+        let values = noise(11 * columns, 5);
+        let inputs = Inputs::new(moments.clone(), columns).expect("factors");
+        let scheme = Scheme::new(4, true, 32, Algorithm::Nearest).expect("a scheme");
+        let blocks = quantize_with_inputs(&values, &inputs, &scheme).expect("quantises");
+        let found = dequantize_rows(&blocks, columns, &scheme).expect("dequantises");
+        let rows = values.chunks(columns).zip(found.chunks(columns)).zip(blocks.scales.chunks(3));
+        for ((row, found), scales) in rows {
+            for (a, b) in found.iter().zip(textbook(row, &moments, scales, 32)) {
+                assert!((f64::from(*a) - b).abs() < 1e-5, "{a}, not {b}");
+            }
+        }
+    }
+
+    #[test]
+    fn outputs_are_closer_than_by_searching() {
+        let columns = 200;
+        let moments = moments(columns);
+        let diagonal: Vec<f32> = moments.iter().step_by(columns + 1).copied().collect();
+        let values = noise(20 * columns, 9);
+        let inputs = Inputs::new(moments.clone(), columns).expect("factors");
+        for (bits, symmetric) in [(2, true), (2, false), (4, true), (4, false), (8, true), (8, false)] {
+            let scheme = Scheme::new(bits, symmetric, 64, Algorithm::Search).expect("a scheme");
+            let error = |blocks: Result<Blocks, String>| {
+                let found = dequantize_rows(&blocks.expect("quantises"), columns, &scheme).expect("dequantises");
+                output_error(&values, &found, &moments, columns)
+            };
+            let searched = error(quantize_rows(&values, columns, Some(&diagonal), &scheme));
+            let fed_back = error(quantize_with_inputs(&values, &inputs, &scheme));
+            assert!(fed_back < 0.6 * searched, "{scheme}: {fed_back} after {searched}");
+        }
+    }
+
+    #[test]
+    fn unrelated_inputs_leave_nothing_to_make_up_for() {
+        let (columns, values) = (100, noise(9 * 100, 3));
+        let mut moments = vec![0.0; columns * columns];
+        moments.iter_mut().step_by(columns + 1).for_each(|value| *value = 2.0);
+        for moments in [moments, vec![0.0; columns * columns]] {
+            let inputs = Inputs::new(moments, columns).expect("factors");
+            for symmetric in [true, false] {
+                let scheme = Scheme::new(4, symmetric, 32, Algorithm::Search).expect("a scheme");
+                let found = quantize_with_inputs(&values, &inputs, &scheme);
+                assert_eq!(found, quantize_rows(&values, columns, None, &scheme), "{scheme}");
+            }
+        }
+    }
+
+    #[test]
+    fn inputs_that_are_no_second_moments_are_refused() {
+        assert!(Inputs::new(vec![1.0; 5], 2).is_err());
+        assert!(Inputs::new(Vec::new(), 0).is_err());
+        assert!(Inputs::new(vec![1.0, 0.0, 0.0, -1.0], 2).is_err());
+        assert!(Inputs::new(vec![1.0, f32::NAN, 0.0, 1.0], 2).is_err());
+        let inputs = Inputs::new(vec![1.0, 0.5, 0.5, 1.0], 2).expect("factors");
+        let scheme = Scheme::new(4, true, 16, Algorithm::Search).expect("a scheme");
+        let refused = quantize_with_inputs(&[0.0, 1.0, 2.0, f32::NAN], &inputs, &scheme).expect_err("refused");
+        assert!(refused.contains("row 1, column 1"), "{refused}");
+        assert!(quantize_with_inputs(&[0.0; 3], &inputs, &scheme).is_err());
+    }
+}
