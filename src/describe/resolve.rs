@@ -373,6 +373,7 @@ pub(super) fn resolve(template: &Template, config: &Map<String, Value>) -> Resul
         per_layer: particular::per_layer(&scope, &norm)?,
         altup: particular::altup(&scope, &norm)?,
     };
+    check::numbers(&spec)?;
     check::sizes(&spec)?;
     let rules = TensorRules::new(&scope, spec.layers.len(), model.base_model_prefix)?;
     Ok((spec, rules))
