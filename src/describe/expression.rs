@@ -58,6 +58,11 @@ impl Scope {
         &self.names.template
     }
 
+    /// The length of a list in the configuration.
+    pub(super) fn list(&self, key: &str) -> Option<usize> {
+        self.names.config.json.get(key)?.as_array().map(Vec::len)
+    }
+
     pub(super) fn at(&self, layer: usize) -> Self {
         let Names { template, config, .. } = &*self.names;
         let (template, config) = (template.clone(), config.clone());
