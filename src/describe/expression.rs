@@ -163,7 +163,11 @@ fn compile(expression: &str) -> Result<Expression<'static, 'static>, minijinja::
         let found = format!("an expression of more than {} bytes", limits::LONGEST_EXPRESSION);
         return Err(minijinja::Error::new(minijinja::ErrorKind::SyntaxError, found));
     }
-    environment().compile_expression_owned(expression.to_owned())
+    // minijinja 2.24 panics on some texts with unbalanced braces ("empty lexer stack").
+    let owned = expression.to_owned();
+    std::panic::catch_unwind(|| environment().compile_expression_owned(owned)).unwrap_or_else(|_| {
+        Err(minijinja::Error::new(minijinja::ErrorKind::SyntaxError, "Jinja can not read the expression"))
+    })
 }
 
 /// The expression, compiled the first time that it is asked for.

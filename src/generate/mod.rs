@@ -69,13 +69,7 @@ pub fn generate(
     if prompt.is_empty() {
         return Err(Error::new(Code::UsageInvalid, "the prompt").found("no tokens").expected("one token at least"));
     }
-    let vocabulary = decoder.vocabulary();
-    if let (Some(size), Some(odd)) = (vocabulary, prompt.iter().find(|id| vocabulary.is_some_and(|v| **id >= v))) {
-        return Err(Error::new(Code::TokenizerInvalid, decoder.file().display())
-            .found(format!("token {odd} in the prompt"))
-            .expected(format!("tokens below {size}, the model's vocabulary"))
-            .help("the tokenizer is another model's: put the right tokenizer.json into the directory"));
-    }
+    check_tokens(decoder, prompt)?;
     let mut sampler = Sampler::new(settings.sampling);
     let mut stream = Stream::new(tokenizer, prompt);
     let mut state = decoder.empty_state(1)?;
@@ -121,6 +115,18 @@ pub fn generate(
         text,
         finish,
     })
+}
+
+/// Every token of a prompt is one that the model has.
+fn check_tokens(decoder: &Decoder, prompt: &[u32]) -> Result<()> {
+    let Some(size) = decoder.vocabulary() else { return Ok(()) };
+    match prompt.iter().find(|id| **id >= size) {
+        None => Ok(()),
+        Some(odd) => Err(Error::new(Code::TokenizerInvalid, decoder.file().display())
+            .found(format!("token {odd} in the prompt"))
+            .expected(format!("tokens below {size}, the model's vocabulary"))
+            .help("the tokenizer is another model's: put the right tokenizer.json into the directory")),
+    }
 }
 
 fn rate(tokens: usize, time: Duration) -> f64 {
