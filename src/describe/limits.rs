@@ -92,13 +92,12 @@ fn odd_part(value: &Json, left: &mut usize) -> Option<(String, String)> {
     };
     *left = rest;
     match value {
-        Json::Null | Json::Bool(_) => None,
         Json::Number(number) => {
             let size = number.as_u64().or_else(|| number.as_i64().map(i64::unsigned_abs));
             size.filter(|size| *size > LARGEST).and_then(|_| found(format!("{number}, larger than any size")))
         }
         Json::String(text) if text.len() > MOST_TEXT => found(format!("a text of {} bytes", text.len())),
-        Json::String(_) => None,
+        Json::Null | Json::Bool(_) | Json::String(_) => None,
         Json::Array(items) if items.len() > MOST_ITEMS => found(format!("a list of {} items", items.len())),
         Json::Array(items) => items
             .iter()
