@@ -136,10 +136,42 @@ pub struct Error {
     pub help: String,
 }
 
+/// Longest part of an error; what a file holds may be of any length.
+const LONGEST: usize = 4000;
+
+/// A text that may come from a file, safe to print: of bounded length, and without the control characters by which a
+/// file could write to the terminal.
+fn readable(text: impl fmt::Display) -> String {
+    /// Takes letters until it is full.
+    struct Short(String);
+
+    impl fmt::Write for Short {
+        fn write_str(&mut self, text: &str) -> fmt::Result {
+            for letter in text.chars() {
+                if self.0.len() >= LONGEST {
+                    self.0.push('…');
+                    return Err(fmt::Error);
+                }
+                match letter {
+                    '\n' => self.0.push(letter),
+                    _ if letter.is_control() => self.0.extend(letter.escape_default()),
+                    _ => self.0.push(letter),
+                }
+            }
+            Ok(())
+        }
+    }
+
+    let mut short = Short(String::new());
+    // The only failure is that it was full.
+    let _ = fmt::Write::write_fmt(&mut short, format_args!("{text}"));
+    short.0
+}
+
 impl Error {
     /// An error about `subject`.
     pub fn new(code: Code, subject: impl fmt::Display) -> Self {
-        Self { code, subject: subject.to_string(), found: String::new(), expected: String::new(), help: String::new() }
+        Self { code, subject: readable(subject), found: String::new(), expected: String::new(), help: String::new() }
     }
 
     /// An I/O error about a path.
@@ -159,21 +191,21 @@ impl Error {
     /// Says what was found.
     #[must_use]
     pub fn found(mut self, found: impl fmt::Display) -> Self {
-        self.found = found.to_string();
+        self.found = readable(found);
         self
     }
 
     /// Says what was expected.
     #[must_use]
     pub fn expected(mut self, expected: impl fmt::Display) -> Self {
-        self.expected = expected.to_string();
+        self.expected = readable(expected);
         self
     }
 
     /// Says what to do next.
     #[must_use]
     pub fn help(mut self, help: impl fmt::Display) -> Self {
-        self.help = help.to_string();
+        self.help = readable(help);
         self
     }
 
@@ -199,3 +231,15 @@ impl fmt::Display for Error {
 }
 
 impl std::error::Error for Error {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_file_holds_is_neither_endless_nor_written_to_the_terminal() {
+        let error = Error::new(Code::Io, "a\u{1b}[31m").found("x".repeat(10_000_000)).help("one\ntwo\u{9b}");
+        assert_eq!((error.subject.as_str(), error.help.as_str()), ("a\\u{1b}[31m", "one\ntwo\\u{9b}"));
+        assert!(error.found.len() < 5000 && error.found.ends_with("x…"));
+    }
+}

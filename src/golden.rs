@@ -2,13 +2,16 @@
 
 use std::collections::HashMap;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 
 use crate::error::{Code, Error, Result};
 use crate::session::{Floats, IntMatrix};
+
+/// Positions lie below this: sizes are held in 32 bits with a sign.
+const LONGEST: usize = 0x7fff_ffff;
 
 /// The contents of a golden.
 #[derive(Debug, Clone)]
@@ -58,20 +61,30 @@ impl Golden {
                 .expected("a golden, as golden/record.py records it")
                 .help("check the path, or record one")
         })?;
+        Self::from_bytes(path, &bytes)
+    }
+
+    /// The golden that a safetensors file holds; `path` is where its texts lie beside, and names it in errors.
+    pub fn from_bytes(path: PathBuf, bytes: &[u8]) -> Result<Self> {
+        let subject = path.display().to_string();
         let invalid = |found: String| {
-            Error::new(Code::GoldenInvalid, path.display())
+            Error::new(Code::GoldenInvalid, &subject)
                 .found(found)
                 .expected("a golden, as golden/record.py records it")
                 .help("record it again")
         };
-        let tensors = SafeTensors::deserialize(&bytes).map_err(|e| invalid(e.to_string()))?;
-        let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|e| invalid(e.to_string()))?;
+        let tensors = SafeTensors::deserialize(bytes).map_err(|e| invalid(e.to_string()))?;
+        let (_, header) = SafeTensors::read_metadata(bytes).map_err(|e| invalid(e.to_string()))?;
         let metadata = header.metadata().clone().unwrap_or_default();
         if let Some(kind) = metadata.get("kind").filter(|k| *k != "decoder") {
             return Err(invalid(format!("a golden of kind `{kind}`, not of a decoder")));
         }
-        let golden = Self::from_tensors(path.clone(), &tensors, metadata).map_err(invalid)?;
-        golden.check().map_err(|found| Error::new(Code::GoldenInvalid, golden.path.display()).found(found))?;
+        let inside = |file: &str| Path::new(file).components().all(|part| matches!(part, Component::Normal(_)));
+        if let Some(file) = metadata.get("eval_file").filter(|file| !inside(file)) {
+            return Err(invalid(format!("an eval_file `{file}` that leads out of the golden's directory")));
+        }
+        let golden = Self::from_tensors(path, &tensors, metadata).map_err(invalid)?;
+        golden.check().map_err(invalid)?;
         Ok(golden)
     }
 
@@ -93,7 +106,7 @@ impl Golden {
             attention_mask: matrix("attention_mask")?,
             position_ids: matrix("position_ids")?,
             logits: optional("logits")?.ok_or("no tensor logits")?,
-            greedy_ids: greedy.map(|m| m.row(0).to_vec()),
+            greedy_ids: greedy.map(one_row).transpose()?,
             greedy_logits: optional("greedy_logits")?,
             hidden_states,
             logits_steps: optional("logits_steps")?,
@@ -120,8 +133,58 @@ impl Golden {
             if tensor.shape != [rows, columns, vocabulary] || vocabulary == 0 {
                 return Err(format!("{name} is {:?}, not {:?}", tensor.shape, [rows, columns, vocabulary]));
             }
+            self.check_numbers(name, tensor)?;
         }
-        Ok(())
+        for (name, matrix, end) in [
+            ("input_ids", &self.input_ids, vocabulary),
+            ("attention_mask", &self.attention_mask, 2),
+            ("position_ids", &self.position_ids, LONGEST),
+        ] {
+            within(name, &matrix.data, end)?;
+        }
+        let width = self.hidden_states.first().and_then(|state| state.shape.last()).copied().unwrap_or(0);
+        for (index, state) in self.hidden_states.iter().enumerate() {
+            let name = format!("hidden_states_{index}");
+            if state.shape != [1, columns, width] || width == 0 {
+                return Err(format!("{name} is {:?}, not {:?}", state.shape, [1, columns, width]));
+            }
+            self.check_numbers(&name, state)?;
+        }
+        self.check_greedy(columns, vocabulary)
+    }
+
+    /// The greedy continuation begins with the first row, and there are logits for each of its new tokens.
+    fn check_greedy(&self, columns: usize, vocabulary: usize) -> Result<(), String> {
+        let Some(ids) = &self.greedy_ids else {
+            return match self.greedy_logits {
+                None => Ok(()),
+                Some(_) => Err("greedy_logits without greedy_ids".to_owned()),
+            };
+        };
+        within("greedy_ids", ids, vocabulary)?;
+        let new = ids.len().saturating_sub(columns);
+        if new == 0 || ids.get(..columns) != Some(self.input_ids.row(0)) {
+            return Err(format!("greedy_ids are {} tokens that do not continue the first row of {columns}", ids.len()));
+        }
+        match &self.greedy_logits {
+            Some(logits) if logits.shape != [1, new, vocabulary] => {
+                Err(format!("greedy_logits is {:?}, not {:?}", logits.shape, [1, new, vocabulary]))
+            }
+            Some(logits) if logits.data.iter().any(|logit| !logit.is_finite()) => {
+                Err("greedy_logits holds a number that is not finite".to_owned())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// All numbers of tokens are finite; what the reference computes for padding does not matter.
+    fn check_numbers(&self, name: &str, tensor: &Floats) -> Result<(), String> {
+        let width = tensor.shape.last().copied().unwrap_or(0).max(1);
+        let mut positions = tensor.data.chunks(width).zip(&self.attention_mask.data).enumerate();
+        match positions.find(|(_, (numbers, mask))| **mask != 0 && numbers.iter().any(|number| !number.is_finite())) {
+            None => Ok(()),
+            Some((at, _)) => Err(format!("{name} holds a number that is not finite, at position {at} of all rows")),
+        }
     }
 
     /// The size of the vocabulary.
@@ -137,6 +200,19 @@ impl Golden {
             nll_per_token: entry("eval_nll_per_token")?.parse().ok()?,
             window: entry("eval_window").and_then(|w| w.parse().ok()),
         })
+    }
+}
+
+fn one_row(matrix: IntMatrix) -> Result<Vec<i64>, String> {
+    if matrix.rows == 1 { Ok(matrix.data) } else { Err(format!("greedy_ids has {} rows, not one", matrix.rows)) }
+}
+
+/// Every number is from 0 up and below `end`.
+fn within(name: &str, numbers: &[i64], end: usize) -> Result<(), String> {
+    let fits = |number: i64| usize::try_from(number).is_ok_and(|number| number < end);
+    match numbers.iter().find(|number| !fits(**number)) {
+        None => Ok(()),
+        Some(odd) => Err(format!("{name} holds {odd}, which is not from 0 up and below {end}")),
     }
 }
 
@@ -160,40 +236,109 @@ fn floats(name: &str, view: &TensorView<'_>) -> Result<Floats, String> {
 mod tests {
     use super::*;
 
-    fn write(folder: &Path, columns: usize) -> PathBuf {
-        let ids: Vec<u8> = (0..4_i64).flat_map(i64::to_le_bytes).collect();
-        let logits: Vec<u8> = (0..2 * columns * 3).flat_map(|_| 1.5_f32.to_le_bytes()).collect();
-        let matrix = || TensorView::new(Dtype::I64, vec![2, 2], &ids).unwrap();
-        let logits = TensorView::new(Dtype::F32, vec![2, columns, 3], &logits).unwrap();
-        let tensors =
-            [("input_ids", matrix()), ("attention_mask", matrix()), ("position_ids", matrix()), ("logits", logits)];
+    type Part = (&'static str, Dtype, Vec<usize>, Vec<u8>);
+
+    fn ints(name: &'static str, shape: [usize; 2], values: &[i64]) -> Part {
+        (name, Dtype::I64, shape.to_vec(), values.iter().flat_map(|v| v.to_le_bytes()).collect())
+    }
+
+    fn reals(name: &'static str, shape: [usize; 3], value: f32) -> Part {
+        let count = shape.iter().product();
+        (name, Dtype::F32, shape.to_vec(), std::iter::repeat_n(value.to_le_bytes(), count).flatten().collect())
+    }
+
+    fn parts() -> Vec<Part> {
+        vec![
+            ints("input_ids", [2, 2], &[0, 1, 2, 1]),
+            ints("attention_mask", [2, 2], &[1, 1, 0, 1]),
+            ints("position_ids", [2, 2], &[0, 1, 0, 0]),
+            reals("logits", [2, 2, 3], 1.5),
+            ints("greedy_ids", [1, 4], &[0, 1, 2, 2]),
+            reals("greedy_logits", [1, 2, 3], 0.5),
+            reals("hidden_states_0", [1, 2, 4], 0.25),
+            reals("hidden_states_1", [1, 2, 4], 0.25),
+        ]
+    }
+
+    fn file(parts: &[Part], eval_file: &str) -> Vec<u8> {
         let metadata = HashMap::from([
-            ("eval_file".to_owned(), "eval.txt".to_owned()),
+            ("eval_file".to_owned(), eval_file.to_owned()),
             ("eval_nll_per_token".to_owned(), "2.5".to_owned()),
         ]);
-        let path = folder.join("golden.safetensors");
-        fs::write(&path, safetensors::serialize(tensors, Some(metadata)).unwrap()).unwrap();
-        path
+        let tensors: Vec<_> =
+            parts.iter().map(|(n, d, s, b)| (*n, TensorView::new(*d, s.clone(), b).unwrap())).collect();
+        safetensors::serialize(tensors, Some(metadata)).unwrap()
     }
 
     #[test]
     fn a_golden_is_read_with_its_metadata() {
         let folder = tempfile::tempdir().unwrap();
-        write(folder.path(), 2);
+        fs::write(folder.path().join("golden.safetensors"), file(&parts(), "eval.txt")).unwrap();
         let golden = Golden::read(folder.path()).unwrap();
-        assert_eq!(golden.input_ids.row(1), [2, 3]);
-        assert_eq!((golden.vocabulary(), golden.hidden_states.len()), (3, 0));
+        assert_eq!(golden.input_ids.row(1), [2, 1]);
+        assert_eq!((golden.vocabulary(), golden.hidden_states.len()), (3, 2));
         let evaluation = Evaluation { text: folder.path().join("eval.txt"), nll_per_token: 2.5, window: None };
         assert_eq!(golden.evaluation(), Some(evaluation));
+        assert_eq!(Golden::read(&folder.path().join("none")).unwrap_err().code, Code::GoldenInvalid);
+    }
+
+    fn refused(parts: &[Part], eval_file: &str, words: &str) {
+        let error = Golden::from_bytes("golden.safetensors".into(), &file(parts, eval_file)).unwrap_err();
+        assert!(error.code == Code::GoldenInvalid && error.found.contains(words), "{words}: {error}");
     }
 
     #[test]
-    fn tensors_that_do_not_fit_and_files_that_are_none_are_refused() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = write(folder.path(), 5);
-        assert!(Golden::read(&path).unwrap_err().found.contains("logits is [2, 5, 3]"));
-        fs::write(&path, b"short").unwrap();
-        assert_eq!(Golden::read(&path).unwrap_err().code, Code::GoldenInvalid);
-        assert_eq!(Golden::read(&folder.path().join("none")).unwrap_err().code, Code::GoldenInvalid);
+    fn tensors_that_are_missing_or_do_not_fit_are_refused_by_name() {
+        for name in ["input_ids", "attention_mask", "position_ids", "logits"] {
+            let rest: Vec<Part> = parts().into_iter().filter(|part| part.0 != name).collect();
+            refused(&rest, "eval.txt", &format!("no tensor {name}"));
+        }
+        let not_a_number = reals("logits", [2, 2, 3], f32::NAN);
+        for (part, words) in [
+            (reals("logits", [2, 5, 3], 1.5), "logits is [2, 5, 3]"),
+            (reals("logits", [2, 2, 0], 1.5), "logits is [2, 2, 0]"),
+            (not_a_number, "logits holds a number that is not finite, at position 0"),
+            (ints("input_ids", [2, 1], &[0, 1]), "input_ids is [2, 1]"),
+            (ints("input_ids", [0, 2], &[]), "input_ids is [0, 2]"),
+            (ints("input_ids", [2, 2], &[0, 1, 3, 1]), "input_ids holds 3"),
+            (ints("input_ids", [2, 2], &[0, -1, 2, 1]), "input_ids holds -1"),
+            (reals("input_ids", [1, 2, 2], 0.0), "input_ids is F32 [1, 2, 2], not a matrix of int64"),
+            (ints("attention_mask", [2, 2], &[1, 1, 0, 2]), "attention_mask holds 2"),
+            (ints("attention_mask", [1, 2], &[1, 1]), "attention_mask is [1, 2]"),
+            (ints("position_ids", [2, 2], &[0, 1, 0, i64::MAX]), "position_ids holds 9223372036854775807"),
+            (ints("greedy_ids", [1, 2], &[0, 1]), "do not continue the first row"),
+            (ints("greedy_ids", [1, 4], &[1, 1, 2, 2]), "do not continue the first row"),
+            (ints("greedy_ids", [1, 4], &[0, 1, 2, 3]), "greedy_ids holds 3"),
+            (ints("greedy_ids", [2, 2], &[0, 1, 2, 2]), "greedy_ids has 2 rows"),
+            (reals("greedy_logits", [1, 3, 3], 0.5), "greedy_logits is [1, 3, 3]"),
+            (reals("greedy_logits", [1, 2, 3], f32::INFINITY), "greedy_logits holds a number"),
+            (reals("hidden_states_1", [1, 2, 5], 0.5), "hidden_states_1 is [1, 2, 5]"),
+            (reals("hidden_states_0", [1, 2, 4], f32::NAN), "hidden_states_0 holds a number"),
+        ] {
+            let parts: Vec<Part> =
+                parts().into_iter().map(|old| if old.0 == part.0 { part.clone() } else { old }).collect();
+            refused(&parts, "eval.txt", words);
+        }
+    }
+
+    #[test]
+    fn what_the_reference_computed_for_padding_does_not_matter() {
+        let mut parts = parts();
+        // Position 2 of all rows is the padding of the second one.
+        let padding = parts[3].3.get_mut(6 * 4..9 * 4).unwrap();
+        padding.copy_from_slice(&[f32::NAN.to_le_bytes(); 3].concat());
+        assert!(Golden::from_bytes("golden.safetensors".into(), &file(&parts, "eval.txt")).is_ok());
+    }
+
+    #[test]
+    fn files_that_are_none_and_texts_outside_are_refused() {
+        for file in ["../eval.txt", "/etc/passwd", "a/../../b"] {
+            refused(&parts(), file, "leads out");
+        }
+        let whole = file(&parts(), "eval.txt");
+        for length in 0..whole.len() {
+            let cut = Golden::from_bytes("golden.safetensors".into(), &whole[..length]);
+            assert_eq!(cut.unwrap_err().code, Code::GoldenInvalid, "{length} bytes");
+        }
     }
 }

@@ -127,6 +127,7 @@ pub struct Decoder {
     hidden: Vec<(usize, String)>,
     element: ElementType,
     shared: bool,
+    vocabulary: Option<u32>,
 }
 
 const IDS: &str = "input_ids";
@@ -173,8 +174,9 @@ impl Decoder {
         let mut hidden: Vec<(usize, String)> =
             outputs.iter().filter_map(|name| Some((name.strip_prefix(HIDDEN)?.parse().ok()?, name.clone()))).collect();
         hidden.sort();
+        let vocabulary = logits.dtype().tensor_shape().and_then(|shape| u32::try_from(*shape.last()?).ok());
         let (has_mask, has_positions, logits) = (has(MASK), has(POSITIONS), logits.name().to_owned());
-        Ok(Self { session, file, slots, has_mask, has_positions, logits, hidden, element, shared: false })
+        Ok(Self { session, file, slots, has_mask, has_positions, logits, hidden, element, shared: false, vocabulary })
     }
 
     /// The ONNX file.
@@ -190,6 +192,11 @@ impl Decoder {
     /// The narrowest float type among logits and caches: what the results can be as exact as.
     pub fn element(&self) -> ElementType {
         self.element
+    }
+
+    /// The number of tokens that the logits are for, where the graph says it.
+    pub fn vocabulary(&self) -> Option<u32> {
+        self.vocabulary
     }
 
     /// An empty state for some rows: no cached tokens, recurrent states zero.

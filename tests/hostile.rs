@@ -153,6 +153,35 @@ fn every_truncation_is_an_error() {
     }
 }
 
+/// A file as large as those of small models, cut at a hundred places of header and data.
+#[test]
+fn a_large_file_cut_at_a_hundred_places() {
+    let tensors: Vec<String> = (0..50).map(|i| tensor(&format!("w{i}"), "F32", "[4]", i * 16, i * 16 + 16)).collect();
+    let bytes = file(&header(&tensors), 800);
+    let dir = dir(&[]);
+    let path = dir.path().join("model.safetensors");
+    for place in 0..100 {
+        fs::write(&path, &bytes[..bytes.len() * place / 100]).unwrap();
+        refused(dir.path(), Code::WeightsCorrupt, &["model.safetensors"]);
+    }
+    fs::write(&path, &bytes).unwrap();
+    assert_eq!(Checkpoint::open(dir.path()).unwrap().tensors().len(), 50);
+}
+
+/// What a header claims is compared with the file before anything is allocated for it.
+#[test]
+fn headers_that_claim_much_cost_nothing() {
+    let started = std::time::Instant::now();
+    for length in [100_000_000, 99_999_999, u64::from(u32::MAX), i64::MAX as u64] {
+        refused_file(&raw_file(b"{}", length, 0), &["header of"]);
+    }
+    let wide = format!("[{}]", "1,".repeat(1_000_000) + "1");
+    refused_file(&file(&header(&[tensor("w", "U8", &wide, 0, 1)]), 1), &["64 dimensions"]);
+    let huge = tensor("w", "F32", "[1000000,1000000,1000]", 0, 4_000_000_000_000_000);
+    refused_file(&file(&header(&[huge]), 4), &["`w`", "cut short"]);
+    assert!(started.elapsed().as_secs() < 10, "{:?}", started.elapsed());
+}
+
 #[test]
 fn a_file_that_changes_after_opening() {
     let dir = dir(&[("model.safetensors", &good())]);
@@ -203,8 +232,18 @@ fn an_index_that_disagrees() {
     ] {
         refused(sharded(&map).path(), code, &[&words[..], &["model.safetensors.index.json"][..]].concat());
     }
-    let dir = dir(&[("model.safetensors.index.json", b"{")]);
-    refused(dir.path(), Code::WeightsCorrupt, &["index.json", "line 1"]);
+    let deep = "[".repeat(100_000);
+    for (text, words) in [
+        (&b"{"[..], ["index.json", "line 1"]),
+        (b"{}", ["index.json", "weight_map"]),
+        (b"{\"weight_map\": null}", ["index.json", "weight_map"]),
+        (format!("{{\"metadata\":{deep}").as_bytes(), ["index.json", "line 1"]),
+        (b"\xff", ["index.json", "UTF-8"]),
+    ] {
+        let dir = dir(&[("model.safetensors.index.json", text)]);
+        let error = Checkpoint::open(dir.path()).map(|_| ()).unwrap_err();
+        check(error, if text == b"\xff" { Code::ConfigInvalid } else { Code::WeightsCorrupt }, &words);
+    }
 }
 
 #[test]

@@ -36,9 +36,17 @@ impl Builder {
         self.graph.rename(value, name);
     }
 
-    /// The finished graph.
-    pub fn finish(self) -> Graph<Model> {
-        self.graph
+    /// The finished graph. An error when a parameter is larger than any file.
+    pub fn finish(self) -> Result<Graph<Model>> {
+        let bytes = |shape: &[Dim]| shape.iter().try_fold(8_i64, |bytes, dim| bytes.checked_mul(dim.value()?));
+        let id = self.parameters.values().filter(|id| bytes(self.shape(**id)).is_none()).min();
+        match id {
+            None => Ok(self.graph),
+            Some(id) => Err(Error::new(Code::SpecInvalid, &self.graph.value(*id).name)
+                .found(format!("a parameter {}", self.graph.ty(*id)))
+                .expected("a size in bytes that fits 63 bits")
+                .help("check the sizes in config.json")),
+        }
     }
 
     /// Runs `write` with a module's name added to the scope; an empty name adds nothing.

@@ -77,7 +77,7 @@ pub fn decoder(spec: &ModelSpec, logits: Logits) -> Result<Graph<Model>> {
     for (slot, value) in slots.iter().flatten().zip(presents.into_iter().flatten()) {
         slot.output(&mut b, value);
     }
-    Ok(b.finish())
+    b.finish()
 }
 
 fn inputs(b: &mut Builder, slots: &[Vec<State>]) -> (ValueId, Inputs) {

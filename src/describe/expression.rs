@@ -1,15 +1,16 @@
 //! Expressions of templates: Jinja's, evaluated over a configuration, with unknown names as errors.
 
-use std::collections::BTreeSet;
-use std::sync::{Arc, OnceLock};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use minijinja::value::{Object, ObjectRepr};
-use minijinja::{Environment, UndefinedBehavior, Value};
+use minijinja::{Environment, Expression, Value};
 use serde_json::Value as Json;
 use toml::Value as Toml;
 
 use crate::error::{Code, Error, Result};
 
+use super::limits;
 use super::template::Template;
 
 /// What names mean while a template is evaluated.
@@ -24,8 +25,19 @@ pub(super) struct Scope {
 #[derive(Debug)]
 struct Names {
     template: Arc<Template>,
-    config: Arc<serde_json::Map<String, Json>>,
+    config: Arc<Config>,
     layer: Option<usize>,
+    /// What definitions came to. Each is evaluated once: definitions that mention each other twice would double the
+    /// work at every step.
+    known: Mutex<BTreeMap<String, Value>>,
+}
+
+/// A configuration, as JSON and as expressions see it, and the expressions that were compiled already.
+#[derive(Debug)]
+struct Config {
+    json: serde_json::Map<String, Json>,
+    values: BTreeMap<String, Value>,
+    compiled: Mutex<BTreeMap<String, Arc<Expression<'static, 'static>>>>,
 }
 
 /// Definitions that refer to each other in a circle stop here.
@@ -37,16 +49,24 @@ thread_local! {
 
 impl Scope {
     pub(super) fn new(template: Arc<Template>, config: serde_json::Map<String, Json>) -> Self {
-        Self { names: Arc::new(Names { template, config: Arc::new(config), layer: None }) }
+        let values = config.iter().map(|(key, value)| (key.clone(), limits::readable(key, value))).collect();
+        let config = Arc::new(Config { json: config, values, compiled: Mutex::default() });
+        Self { names: Arc::new(Names { template, config, layer: None, known: Mutex::default() }) }
     }
 
     pub(super) fn template(&self) -> &Template {
         &self.names.template
     }
 
+    /// The length of a list in the configuration.
+    pub(super) fn list(&self, key: &str) -> Option<usize> {
+        self.names.config.json.get(key)?.as_array().map(Vec::len)
+    }
+
     pub(super) fn at(&self, layer: usize) -> Self {
         let Names { template, config, .. } = &*self.names;
-        let names = Names { template: template.clone(), config: config.clone(), layer: Some(layer) };
+        let (template, config) = (template.clone(), config.clone());
+        let names = Names { template, config, layer: Some(layer), known: Mutex::default() };
         Self { names: Arc::new(names) }
     }
 
@@ -58,6 +78,10 @@ impl Scope {
                 None => Json::String(text.clone()),
             },
             Toml::Integer(number) => Json::from(*number),
+            Toml::Float(number) if !number.is_finite() => {
+                let error = self.names.template.error(Code::TemplateInvalid, path).found(number);
+                return Err(error.expected("a number to compute with").help("mend the template"));
+            }
             Toml::Float(number) => Json::from(*number),
             Toml::Boolean(flag) => Json::from(*flag),
             Toml::Datetime(time) => Json::String(time.to_string()),
@@ -73,8 +97,14 @@ impl Scope {
         })
     }
 
-    /// Says which keys are missing, or what else is wrong with an expression.
+    /// Says which keys are missing or out of bounds, or what else is wrong with an expression.
     fn failed(&self, path: &str, expression: &str, error: &minijinja::Error) -> Error {
+        if let Some((key, found)) = self.odd(expression) {
+            return Error::new(Code::ConfigInvalid, format!("config.json: {key}"))
+                .found(found)
+                .expected(format!("a value that {path} can be computed from"))
+                .help("mend the key");
+        }
         let missing = unknown(expression, &self.names);
         let layer = self.names.layer.map_or(String::new(), |layer| format!(" for layer {layer}"));
         let describe = |code, found: String| {
@@ -94,10 +124,24 @@ impl Scope {
             .help("add the key to config.json, or a default for it to the template")
     }
 
+    /// A key of the configuration that the expression mentions and that no expression may read.
+    fn odd(&self, expression: &str) -> Option<(String, String)> {
+        mentions(expression).into_iter().filter(|name| !name.contains('.')).find_map(|name| {
+            // The one form of RoPE's parameters goes by the name that most files have.
+            let shown = if name == "rope" { "rope_parameters" } else { &name };
+            limits::odd(shown, self.names.config.json.get(&name)?)
+        })
+    }
+
     fn expression(&self, path: &str, expression: &str) -> Result<Json> {
         let value = evaluate(expression, &self.names).map_err(|e| self.failed(path, expression, &e))?;
-        serde_json::to_value(&value).map_err(|e| {
-            self.names.template.error(Code::ExpressionFailed, path).found(format!("{value} ({e}) from `={expression}`"))
+        limits::json(&value).map_err(|found| {
+            self.names
+                .template
+                .error(Code::ExpressionFailed, path)
+                .found(format!("{found} (from `={expression}`)"))
+                .expected("a value of a size that a model has")
+                .help("mend the expression, or the value in config.json that it reads")
         })
     }
 }
@@ -105,8 +149,7 @@ impl Scope {
 fn environment() -> &'static Environment<'static> {
     static ENVIRONMENT: OnceLock<Environment<'static>> = OnceLock::new();
     ENVIRONMENT.get_or_init(|| {
-        let mut environment = Environment::new();
-        environment.set_undefined_behavior(UndefinedBehavior::Strict);
+        let mut environment = limits::environment();
         environment.add_function("log", f64::ln);
         environment.add_function("exp", f64::exp);
         environment
@@ -115,8 +158,31 @@ fn environment() -> &'static Environment<'static> {
     })
 }
 
+fn compile(expression: &str) -> Result<Expression<'static, 'static>, minijinja::Error> {
+    if expression.len() > limits::LONGEST_EXPRESSION {
+        let found = format!("an expression of more than {} bytes", limits::LONGEST_EXPRESSION);
+        return Err(minijinja::Error::new(minijinja::ErrorKind::SyntaxError, found));
+    }
+    // minijinja 2.24 panics on some texts with unbalanced braces ("empty lexer stack").
+    let owned = expression.to_owned();
+    std::panic::catch_unwind(|| environment().compile_expression_owned(owned)).unwrap_or_else(|_| {
+        Err(minijinja::Error::new(minijinja::ErrorKind::SyntaxError, "Jinja can not read the expression"))
+    })
+}
+
+/// The expression, compiled the first time that it is asked for.
+fn compiled(expression: &str, config: &Config) -> Result<Arc<Expression<'static, 'static>>, minijinja::Error> {
+    let mut all = config.compiled.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(known) = all.get(expression) {
+        return Ok(known.clone());
+    }
+    let fresh = Arc::new(compile(expression)?);
+    all.insert(expression.to_owned(), fresh.clone());
+    Ok(fresh)
+}
+
 fn evaluate(expression: &str, names: &Arc<Names>) -> Result<Value, minijinja::Error> {
-    let compiled = environment().compile_expression(expression)?;
+    let compiled = compiled(expression, &names.config)?;
     let value = compiled.eval(Value::from_dyn_object(names.clone()))?;
     // A name alone is not looked into, so Jinja lets it pass undefined: here a misspelt key would become null.
     if value.is_undefined() {
@@ -134,7 +200,7 @@ fn unknown(expression: &str, names: &Arc<Names>) -> Vec<String> {
 
 /// Names that an expression mentions, with the attributes it takes of them: `rope_scaling.factor`.
 pub(super) fn mentions(expression: &str) -> BTreeSet<String> {
-    let Ok(compiled) = environment().compile_expression(expression) else {
+    let Ok(compiled) = compile(expression) else {
         return BTreeSet::new();
     };
     let mut names: BTreeSet<String> = compiled.undeclared_variables(false).into_iter().collect();
@@ -154,28 +220,34 @@ impl Object for Names {
         }
         let table = |name: &str| self.template.table(name).and_then(|table| table.get(key));
         if let Some(definition) = table("let") {
-            return Some(self.definition(definition));
+            return Some(self.definition(key, definition));
         }
-        if let Some(value) = self.config.get(key) {
-            return Some(Value::from_serialize(value));
+        if let Some(value) = self.config.values.get(key) {
+            return Some(value.clone());
         }
-        table("defaults").map(|default| self.definition(default))
+        table("defaults").map(|default| self.definition(key, default))
     }
 }
 
 impl Names {
-    fn definition(self: &Arc<Self>, value: &Toml) -> Value {
+    fn definition(self: &Arc<Self>, key: &str, value: &Toml) -> Value {
         let Some(expression) = value.as_str().and_then(|text| text.strip_prefix('=')) else {
             return Value::from_serialize(value);
         };
+        let known = || self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(value) = known().get(key) {
+            return value.clone();
+        }
         let depth = NESTING.get();
         if depth >= DEPTH {
             let circle = minijinja::Error::new(minijinja::ErrorKind::InvalidOperation, "definitions form a circle");
             return Value::from(circle);
         }
         NESTING.set(depth + 1);
-        let value = evaluate(expression, self);
+        let value = evaluate(expression, self).and_then(limits::defined);
         NESTING.set(depth);
-        value.unwrap_or_else(Value::from)
+        let value = value.unwrap_or_else(Value::from);
+        known().insert(key.to_owned(), value.clone());
+        value
     }
 }

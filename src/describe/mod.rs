@@ -6,6 +6,7 @@
 mod accounting;
 mod check;
 mod expression;
+mod limits;
 mod particular;
 mod resolve;
 mod rope;

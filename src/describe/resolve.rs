@@ -347,6 +347,13 @@ pub(super) fn resolve(template: &Template, config: &Map<String, Value>) -> Resul
     if model.layers > MOST_LAYERS {
         return Err(template.error(Code::SpecInvalid, "model.layers").found(model.layers).expected("at most 4096"));
     }
+    if let Some(list) = scope.list("layer_types").filter(|length| *length < model.layers) {
+        // Jinja calls what lies behind a list undefined, and undefined equals no layer's type.
+        return Err(Error::new(Code::ConfigInvalid, "config.json: layer_types")
+            .found(format!("{list} types"))
+            .expected(format!("one for each of {} layers", model.layers))
+            .help("mend the key"));
+    }
     let norm: NormTable = table(&scope, "norm")?;
     let layers = (0..model.layers).map(|index| layer(&scope.at(index), &model)).collect::<Result<Vec<_>>>()?;
     // Norms by place may go by layer; the final one is the first layer's.
@@ -373,6 +380,7 @@ pub(super) fn resolve(template: &Template, config: &Map<String, Value>) -> Resul
         per_layer: particular::per_layer(&scope, &norm)?,
         altup: particular::altup(&scope, &norm)?,
     };
+    check::numbers(&spec)?;
     check::sizes(&spec)?;
     let rules = TensorRules::new(&scope, spec.layers.len(), model.base_model_prefix)?;
     Ok((spec, rules))

@@ -97,6 +97,7 @@ pub(super) fn rope(layout: RopeLayout, size: usize, parameters: &Value, context:
             .found(e)
             .help("pass --allow-unused-key rope_parameters.NAME for a parameter that means nothing to the rope_type")
     })?;
+    check(&p)?;
     let whole = size;
     let size = match p.partial_rotary_factor.filter(|_| p.rope_type != "proportional") {
         Some(part) => truncated(size, part),
@@ -106,9 +107,48 @@ pub(super) fn rope(layout: RopeLayout, size: usize, parameters: &Value, context:
     let original_context = p.original_max_position_embeddings.unwrap_or(context);
     let (scaling, attention_factor) = scaling(&p, (whole, size), context, original_context)?;
     let attention_factor = p.short_mscale.unwrap_or(attention_factor);
+    if !attention_factor.is_finite() {
+        return Err(subject().found(format!("an attention factor of {attention_factor}")).expected("a number"));
+    }
     let beyond = p.long_mscale.filter(|_| p.long_mscale != p.short_mscale);
     let beyond = beyond.map(|attention_factor| RopeBeyond { length: original_context, attention_factor });
     Ok(Rope { layout, size, theta, scaling, attention_factor, reversed: false, beyond })
+}
+
+/// What would divide by zero, take the logarithm of nothing or turn backwards, by name.
+fn check(p: &Parameters) -> Result<()> {
+    let lists = [("short_factor", &p.short_factor), ("long_factor", &p.long_factor)];
+    let listed = lists.iter().flat_map(|(name, list)| list.iter().flatten().map(|value| (*name, Some(*value))));
+    let scalars = [
+        ("rope_theta", Some(p.rope_theta)),
+        ("factor", p.factor),
+        ("low_freq_factor", p.low_freq_factor),
+        ("high_freq_factor", p.high_freq_factor),
+        ("attention_factor", p.attention_factor),
+        ("short_mscale", p.short_mscale),
+        ("long_mscale", p.long_mscale),
+    ];
+    // transformers reads a beta of zero as absent.
+    let betas = [("beta_fast", p.beta_fast), ("beta_slow", p.beta_slow)].map(|(n, v)| (n, v.filter(|v| *v != 0.0)));
+    for (name, value) in scalars.into_iter().chain(betas).chain(listed) {
+        if let Some(odd) = value.filter(|value| !value.is_finite() || *value <= 0.0) {
+            return Err(parameter(name).found(odd).expected("a number above 0"));
+        }
+    }
+    if let Some(part) = p.partial_rotary_factor.filter(|part| !(0.0..=1.0).contains(part)) {
+        return Err(parameter("partial_rotary_factor").found(part).expected("a share of the head, from 0 to 1"));
+    }
+    if p.original_max_position_embeddings == Some(0) {
+        return Err(parameter("original_max_position_embeddings").found(0).expected("a length"));
+    }
+    if p.low_freq_factor.is_some() && p.low_freq_factor == p.high_freq_factor {
+        return Err(parameter("high_freq_factor").found("the low_freq_factor").expected("another number"));
+    }
+    Ok(())
+}
+
+fn parameter(name: &str) -> Error {
+    Error::new(Code::ConfigInvalid, format!("config.json: rope_parameters.{name}")).help("mend the key")
 }
 
 /// The scaling by its `rope_type`, and the multiplier of cosine and sine. `whole` is the head, `size` its rotated part.

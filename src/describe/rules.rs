@@ -11,6 +11,7 @@ use serde::Deserialize;
 use toml::Value as Toml;
 
 use super::expression::Scope;
+use super::limits::{LONGEST_MEMBERS, MOST_MEMBERS};
 use super::template::Template;
 use crate::error::{Code, Error, Result};
 use crate::weight::{Split, Weight};
@@ -83,7 +84,8 @@ impl TensorRules {
                 Toml::Array(values) => values.clone(),
                 other => vec![other.clone()],
             };
-            let members = members(pattern);
+            let members =
+                bounded_members(pattern).map_err(|found| template.error(Code::TemplateInvalid, &path).found(found))?;
             for (index, parameter) in members.iter().enumerate() {
                 let recipe = |value: &Toml| recipe(scope, template, &path, value, index, members.len());
                 let alternatives = values.iter().map(recipe).collect::<Result<_>>()?;
@@ -227,7 +229,8 @@ fn recipe(scope: &Scope, template: &Template, path: &str, value: &Toml, index: u
     };
     let names = recipe.tensor.iter_mut().chain(recipe.concat.iter_mut().flatten()).chain(recipe.split.iter_mut());
     for name in names {
-        let options = members(name);
+        let options =
+            bounded_members(name).map_err(|found| template.error(Code::TemplateInvalid, path).found(found))?;
         let chosen =
             if options.len() == count { options.get(index) } else { options.first().filter(|_| options.len() == 1) };
         *name = chosen.cloned().ok_or_else(|| {
@@ -237,6 +240,19 @@ fn recipe(scope: &Scope, template: &Template, path: &str, value: &Toml, index: u
         })?;
     }
     Ok(recipe)
+}
+
+/// [`members`], refused where braces multiply: each comma can double what there is.
+fn bounded_members(pattern: &str) -> std::result::Result<Vec<String>, String> {
+    let choices = pattern.split('{').map(|group| group.matches(',').count() + 1);
+    let most = choices.fold(1_usize, usize::saturating_mul);
+    let length = most.saturating_mul(pattern.len());
+    if most > MOST_MEMBERS || length > LONGEST_MEMBERS {
+        return Err(format!(
+            "a pattern of {most} names, {length} bytes; at most {MOST_MEMBERS} of {LONGEST_MEMBERS} are read"
+        ));
+    }
+    Ok(members(pattern))
 }
 
 /// `a.{x,y}.b` -> `a.x.b`, `a.y.b`; placeholders such as `{layer}` are kept.
@@ -293,6 +309,16 @@ mod tests {
         assert!(matches("a.{beyond}.*", "a.61.anything.at.all", &mut BTreeMap::new()));
         assert_eq!(members("m.{q,k}_proj.{layer}"), ["m.q_proj.{layer}", "m.k_proj.{layer}"]);
         assert_eq!(members("plain.{layer}"), ["plain.{layer}"]);
+    }
+
+    #[test]
+    fn braces_that_multiply_are_refused() {
+        assert_eq!(bounded_members("m.{q,k,v}.{weight,bias}").expect("six").len(), 6);
+        for pattern in
+            ["{a,b}".repeat(40), format!("{{{}}}", ",".repeat(1000)), format!("{{a,b}}{}", "x".repeat(40_000))]
+        {
+            assert!(bounded_members(&pattern).expect_err("too many").contains("at most"));
+        }
     }
 
     fn rules(parameter: &str, recipe: Recipe) -> TensorRules {

@@ -14,6 +14,9 @@ const BUILT_IN: &[(&str, &str)] = include!(concat!(env!("OUT_DIR"), "/templates.
 /// The template that every other one inherits from.
 const COMMON: &str = "_common";
 
+/// Longest template in bytes; the built-in ones have a few thousand.
+const LONGEST: usize = 1 << 20;
+
 /// Tables that a template may have, in the order in which they are written.
 pub(crate) const TABLES: [&str; 17] = [
     "defaults",
@@ -225,6 +228,11 @@ fn invalid(name: &str, path: &str, text: &str) -> Error {
 }
 
 fn parse_file(name: &str, text: &str) -> Result<Table> {
+    if text.len() > LONGEST {
+        return Err(Error::new(Code::TemplateInvalid, file_name(name))
+            .found(format!("{} bytes", text.len()))
+            .expected(format!("at most {LONGEST}, so that a template can be read")));
+    }
     let table: Table = text.parse().map_err(|e: toml::de::Error| {
         let line = e.span().map_or(1, |span| text.get(..span.start).unwrap_or_default().lines().count().max(1));
         Error::new(Code::TemplateInvalid, format!("{}:{line}", file_name(name)))
@@ -233,18 +241,24 @@ fn parse_file(name: &str, text: &str) -> Result<Table> {
             .help("mend the file; this is the line that does not parse")
     })?;
     let known = |key: &str| TABLES.contains(&key) || ["extends", "model_type"].contains(&key);
-    match table.keys().find(|key| !known(key)) {
-        Some(odd) => Err(invalid(name, odd, text)
+    if let Some(odd) = table.keys().find(|key| !known(key)) {
+        return Err(invalid(name, odd, text)
             .found("an unknown table")
             .expected(format!("extends, model_type or one of {}", TABLES.join(", ")))
-            .help("mend its name; a new mechanism is a builder, never a new table")),
+            .help("mend its name; a new mechanism is a builder, never a new table"));
+    }
+    match table.iter().find(|(key, value)| TABLES.contains(&key.as_str()) && !value.is_table()) {
+        Some((odd, value)) => Err(invalid(name, odd, text)
+            .found(value)
+            .expected(format!("a table, [{odd}]"))
+            .help("mend the file: what is no table would be left unread")),
         None => Ok(table),
     }
 }
 
 fn model_types(name: &str, table: &mut Table) -> Result<Vec<String>> {
     let list = match table.remove("model_type") {
-        Some(Value::Array(list)) => list,
+        Some(Value::Array(list)) if list.iter().all(Value::is_str) => list,
         _ if name.starts_with('_') => Vec::new(),
         _ => {
             return Err(Error::new(Code::TemplateInvalid, format!("{}: model_type", file_name(name)))

@@ -9,6 +9,7 @@ use serde::Serialize as _;
 use serde_json::Value as Json;
 use serde_json::ser::Formatter;
 
+use super::bounds;
 use crate::error::{Code, Error, Result};
 
 /// A chat template with the special tokens that it may name.
@@ -57,14 +58,20 @@ impl ChatTemplate {
                 if e.kind() == ErrorKind::InvalidOperation { "the template refuses this conversation" } else { "" };
             Error::new(Code::TokenizerInvalid, &self.origin).found(e).expected("a template that renders").help(help)
         };
-        let mut environment = environment();
+        if self.source.len() > bounds::LONGEST {
+            let found = format!("a template of {} bytes, over {}", self.source.len(), bounds::LONGEST);
+            return Err(invalid(&bounds::refused(found)));
+        }
         let source = without_generation_marks(&self.source);
-        environment.add_template("chat", &source).map_err(|e| invalid(&e))?;
         let mut context = self.tokens.clone();
         context.insert("messages".into(), messages.clone());
         context.insert("add_generation_prompt".into(), true.into());
-        let template = environment.get_template("chat").map_err(|e| invalid(&e))?;
-        template.render(Json::Object(context)).map_err(|e| invalid(&e))
+        let rendered = bounds::patiently(move || {
+            let mut environment = environment();
+            environment.add_template_owned("chat", source)?;
+            environment.get_template("chat")?.render(Json::Object(context))
+        });
+        rendered.map_err(|e| invalid(&e))
     }
 }
 
@@ -83,7 +90,7 @@ fn environment() -> Environment<'static> {
     let mut environment = Environment::new();
     environment.set_trim_blocks(true);
     environment.set_lstrip_blocks(true);
-    environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    bounds::bound(&mut environment);
     // Chat is plain text: nothing is escaped, whatever a template's name ends with.
     environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
     environment.add_function("raise_exception", |message: String| -> Result<Value, minijinja::Error> {
@@ -122,10 +129,17 @@ fn without_generation_marks(source: &str) -> String {
     result + rest
 }
 
+/// Widest indent, and longest list that becomes JSON.
+const DEEPEST: usize = 64;
+const MOST_ITEMS: usize = 100_000;
+
 /// Python's `json.dumps(value, ensure_ascii=False, indent=indent)`.
 #[expect(clippy::needless_pass_by_value, reason = "the form that a filter has")]
 fn to_json(value: &Value, arguments: Kwargs) -> Result<String, minijinja::Error> {
     let indent: Option<usize> = arguments.get("indent")?;
+    if indent.is_some_and(|indent| indent > DEEPEST) || value.len().is_some_and(|length| length > MOST_ITEMS) {
+        return Err(bounds::refused(format!("an indent over {DEEPEST}, or more than {MOST_ITEMS} items")));
+    }
     // Accepted by transformers' filter and of no effect on what is rendered here.
     for ignored in ["ensure_ascii", "separators", "sort_keys"] {
         let _: Option<Value> = arguments.get(ignored)?;
@@ -284,6 +298,38 @@ mod tests {
         let error = render(source, &json!([{"role": "system", "content": ""}])).unwrap_err();
         assert!(error.found.contains("roles must alternate"), "{error}");
         assert!(render("{% if %}", &json!([])).is_err());
+    }
+
+    #[test]
+    fn a_template_that_would_not_end_or_fill_the_memory_is_an_error() {
+        let started = std::time::Instant::now();
+        let sum = format!("{{{{ 1{} }}}}", "+1".repeat(bounds::LONGEST / 2 - 10));
+        let long = "x".repeat(bounds::LONGEST + 1);
+        for (source, words) in [
+            ("{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}", "fuel"),
+            ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
+            ("{% include 'chat' %}", "could not render include"),
+            ("{% extends 'chat' %}", ""),
+            ("{{ range(10**9) }}", "too many elements"),
+            ("{{ [0] * 10**12 }}", "more than"),
+            ("{{ ([0] * 10**12)|list }}", "list of operands"),
+            ("{{ ([0, 0] * (2**63))|list }}", ""),
+            ("{{ 'x' * 10**9 }}", "too large"),
+            ("{% for a in range(999) %}{{ 'x' * 10**6 }}{% endfor %}", "bytes of text"),
+            ("{{ 'x'|indent(10**9) }}", "indent of operands"),
+            ("{{ '%1000000000d'|format(1) }}", "format of operands"),
+            ("{{ '{:>1000000000}'.format(1) }}", "format of operands"),
+            ("{{ [1]|batch(10**9, 0)|list }}", "batch of operands"),
+            ("{{ ('x' * 10**5).replace('x', 'y' * 10**5) }}", "replace of operands"),
+            ("{{ messages|tojson(indent=10**12) }}", "indent"),
+            (long.as_str(), "a template of"),
+        ] {
+            let error = render(source, &json!([])).unwrap_err();
+            assert!(error.code == Code::TokenizerInvalid && error.found.contains(words), "{words}: {error}");
+        }
+        // As deep as a template can be: it has stack enough.
+        assert_eq!(render(&sum, &json!([])).unwrap(), (bounds::LONGEST / 2 - 9).to_string());
+        assert!(started.elapsed().as_secs() < 60, "{:?}", started.elapsed());
     }
 
     #[test]

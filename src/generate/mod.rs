@@ -1,5 +1,6 @@
 //! Generating text: a prompt is run once, then token by token through the cache, and the text is handed on as it comes.
 
+mod bounds;
 pub mod chat;
 pub mod defaults;
 pub mod sampling;
@@ -71,6 +72,7 @@ pub fn generate(
     if prompt.is_empty() {
         return Err(Error::new(Code::UsageInvalid, "the prompt").found("no tokens").expected("one token at least"));
     }
+    check_tokens(decoder, prompt)?;
     let mut sampler = Sampler::new(settings.sampling);
     let mut stream = Stream::new(tokenizer, prompt);
     let mut row = decoder.row(prompt.len().saturating_add(settings.max_new_tokens.min(ROOM)), true)?;
@@ -113,6 +115,18 @@ pub fn generate(
         text,
         finish,
     })
+}
+
+/// Every token of a prompt is one that the model has.
+fn check_tokens(decoder: &Decoder, prompt: &[u32]) -> Result<()> {
+    let Some(size) = decoder.vocabulary() else { return Ok(()) };
+    match prompt.iter().find(|id| **id >= size) {
+        None => Ok(()),
+        Some(odd) => Err(Error::new(Code::TokenizerInvalid, decoder.file().display())
+            .found(format!("token {odd} in the prompt"))
+            .expected(format!("tokens below {size}, the model's vocabulary"))
+            .help("the tokenizer is another model's: put the right tokenizer.json into the directory")),
+    }
 }
 
 fn rate(tokens: usize, time: Duration) -> f64 {
@@ -167,6 +181,9 @@ mod tests {
         settings.stop = vec![];
         let cancelled = generate(&mut decoder, &tokenizer, &prompt, &settings, &mut |_| false).unwrap();
         assert_eq!((cancelled.finish, cancelled.ids.len()), (Finish::Cancelled, 1));
+        let beyond = generate(&mut decoder, &tokenizer, &[2, 16], &settings, &mut |_| true).unwrap_err();
+        assert_eq!(beyond.code, Code::TokenizerInvalid, "a token that the model does not have");
+        assert!(beyond.to_string().contains("token 16"), "{beyond}");
         assert_eq!(
             generate(&mut decoder, &tokenizer, &[], &settings, &mut |_| true).unwrap_err().code,
             Code::UsageInvalid

@@ -17,6 +17,20 @@ pub(super) enum Frequencies {
     Growing { limit: usize, factor: f64, theta: f64, exponents: Vec<f32>, power: f64 },
 }
 
+impl Frequencies {
+    /// True if all of them are numbers. Factors that are numbers themselves can still divide to none.
+    pub(super) fn are_finite(&self) -> bool {
+        let finite = |values: &[f32]| values.iter().all(|value| value.is_finite());
+        match self {
+            Self::Fixed(values) => finite(values),
+            Self::Switched { short, long, .. } => finite(short) && finite(long),
+            Self::Growing { factor, theta, exponents, power, .. } => {
+                finite(exponents) && [factor, theta].iter().all(|value| value.is_finite()) && !power.is_nan()
+            }
+        }
+    }
+}
+
 /// The frequencies that a specification asks for.
 pub(super) fn frequencies(rope: &Rope) -> Frequencies {
     let plain = inverse(rope, |_, frequency| frequency);

@@ -6,7 +6,7 @@
 use super::rope::{Frequencies, float, frequencies};
 use super::{Form, Lowerer, Operator};
 use crate::element::ElementType;
-use crate::error::Result;
+use crate::error::{Code, Error, Result};
 use crate::graph::{Dim, ValueId};
 use crate::spec::{Rope, RopeLayout};
 
@@ -52,7 +52,14 @@ impl Lowerer<'_> {
 
     /// Angles per position, `[size / 2]`. Those that depend on the length take it from the largest position.
     fn frequencies(&mut self, rope: &Rope, positions: ValueId) -> Result<ValueId> {
-        match frequencies(rope) {
+        let frequencies = frequencies(rope);
+        if !frequencies.are_finite() {
+            return Err(Error::new(Code::SpecInvalid, "rope")
+                .found(format!("frequencies that are no numbers, of {:?} with base {}", rope.scaling, rope.theta))
+                .expected("parameters that a rotation can be computed from")
+                .help("check the RoPE parameters in config.json"));
+        }
+        match frequencies {
             Frequencies::Fixed(values) => Ok(self.e.floats(&values)),
             Frequencies::Switched { limit, short, long } => {
                 let length = self.length_of(positions)?;

@@ -7,6 +7,7 @@ use std::path::Path;
 
 use serde::de::{Deserialize, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
+use super::checkpoint::TensorInfo;
 use super::stored::StoredType;
 use crate::error::{Code, Error, Result};
 
@@ -24,6 +25,14 @@ pub(crate) struct Entry {
     pub(crate) shape: Vec<usize>,
     pub(crate) offset: u64,
     pub(crate) length: u64,
+}
+
+impl Entry {
+    /// The tensor as one of a checkpoint's file of this number.
+    pub(crate) fn into_info(self, file: usize) -> TensorInfo {
+        let Self { name, dtype, shape, offset, length } = self;
+        TensorInfo { name, dtype, shape, file, offset, length }
+    }
 }
 
 /// Reads and checks the header of a file of `size` bytes. The tensors come sorted by name.
@@ -54,6 +63,12 @@ pub(crate) fn read_header(mut file: impl Read, size: u64, path: &Path) -> Result
     let mut json = vec![0; usize::try_from(length).map_err(|_| corrupt(path).found("a huge header"))?];
     file.read_exact(&mut json).map_err(|error| Error::io(path, &error))?;
     parse(&json, data_length, path)
+}
+
+/// The tensors of a safetensors file that is in memory, sorted by name; `path` names it in errors.
+pub fn safetensors_header(file: &[u8], path: &Path) -> Result<Vec<TensorInfo>> {
+    let entries = read_header(file, file.len() as u64, path)?;
+    Ok(entries.into_iter().map(|entry| entry.into_info(0)).collect())
 }
 
 /// Checks the JSON of a header against the length of the data behind it.

@@ -16,8 +16,12 @@ const MAX_JSON: u64 = 100_000_000;
 /// Python also writes the numbers `Infinity`, `-Infinity` and `NaN`, which are not JSON. They are
 /// read as transformers 5 spells them, `{"__float__": "Infinity"}`.
 pub fn json_file(path: &Path) -> Result<Map<String, Value>> {
-    let text = text_file(path)?;
-    let value = parse(&text).map_err(|error| invalid(path).found(error).expected("JSON").help(HELP))?;
+    json_object(&text_file(path)?, path)
+}
+
+/// The object that a JSON text holds, as [`json_file`] reads it; `path` names it in errors.
+pub fn json_object(text: &str, path: &Path) -> Result<Map<String, Value>> {
+    let value = parse(text).map_err(|error| invalid(path).found(error).expected("JSON").help(HELP))?;
     match value {
         Value::Object(map) => Ok(map),
         other => Err(invalid(path).found(kind(&other)).expected("a JSON object").help(HELP)),

@@ -66,18 +66,7 @@ fn is_model_file(name: &str) -> bool {
 
 fn read_index(dir: &Path) -> Result<Weights> {
     let path = dir.join(INDEX);
-    let text = text_file(&contained(dir, INDEX)?)?;
-    let RawIndex { weight_map: WeightMap(map) } = serde_json::from_str(&text).map_err(|error| {
-        Error::new(Code::WeightsCorrupt, path.display())
-            .found(error)
-            .expected("`weight_map`: an object from tensor names to file names")
-            .help("download the index again")
-    })?;
-    if map.is_empty() {
-        return Err(Error::new(Code::WeightsCorrupt, path.display())
-            .found("an empty `weight_map`")
-            .help("download the index again"));
-    }
+    let map = safetensors_index(&text_file(&contained(dir, INDEX)?)?, &path)?;
     let mut shards: BTreeMap<&str, &str> = BTreeMap::new();
     for (tensor, shard) in &map {
         shards.entry(shard).or_insert(tensor);
@@ -87,6 +76,17 @@ fn read_index(dir: &Path) -> Result<Weights> {
     }
     let names = shards.into_keys().map(str::to_owned).collect();
     Ok(Weights { names, index: Some(Index { path, map }) })
+}
+
+/// Which shard holds which tensor, by the text of an index; `path` names it in errors.
+pub fn safetensors_index(text: &str, path: &Path) -> Result<BTreeMap<String, String>> {
+    let corrupt = || Error::new(Code::WeightsCorrupt, path.display()).help("download the index again");
+    let RawIndex { weight_map: WeightMap(map) } = serde_json::from_str(text)
+        .map_err(|error| corrupt().found(error).expected("`weight_map`: an object from tensor names to file names"))?;
+    if map.is_empty() {
+        return Err(corrupt().found("an empty `weight_map`"));
+    }
+    Ok(map)
 }
 
 fn check_shard(dir: &Path, index: &Path, shard: &str, tensor: &str) -> Result<()> {

@@ -19,7 +19,9 @@ use serde_json::{Map, Value};
 pub use checkpoint::{Checkpoint, ShardFile, TensorInfo};
 pub use hash::{FileHash, hash_files};
 pub(crate) use hash::{file_name, hash_bytes, hash_file, hex};
-pub use json::json_file;
+pub use header::safetensors_header;
+pub use json::{json_file, json_object};
+pub use locate::safetensors_index;
 pub use path::contained;
 pub use stored::StoredType;
 
