@@ -142,7 +142,8 @@ fn a_dry_run_foretells_what_a_build_writes() -> TestResult {
     let output = place.path().join("model");
     let repo = Case::named("mixtral")?.repo()?;
     let arguments = |more: &[&str]| -> Vec<PathBuf> {
-        let mut all: Vec<PathBuf> = vec!["--json".into(), "build".into(), repo.clone(), "--output".into(), output.clone()];
+        let mut all: Vec<PathBuf> =
+            vec!["--json".into(), "build".into(), repo.clone(), "--output".into(), output.clone()];
         all.extend(more.iter().map(PathBuf::from));
         all
     };

@@ -105,7 +105,7 @@ fn graphs(config: &Map<String, Value>, template: Option<&Template>) {
         Err(error) => return says(&error),
     };
     for target in Target::all().unwrap_or_default() {
-        let options = lower::Options { target, element: ElementType::F32, padding: Padding::Any };
+        let options = lower::Options { target, element: ElementType::F32, padding: Padding::Any, stored: None };
         if let Err(error) = lower::lower(&model, &options) {
             says(&error);
         }
@@ -149,7 +149,7 @@ fn instead(kind: u8, amount: u8, old: &Value) -> Value {
     let small = i64::from(amount);
     match kind % 20 {
         0 => Value::Null,
-        1 => json!(amount % 2 == 0),
+        1 => json!(amount.is_multiple_of(2)),
         2 => json!(0),
         3 => json!(-small),
         4 => json!(small),
