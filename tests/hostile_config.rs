@@ -1,5 +1,5 @@
 //! Configurations and templates that are broken or mean harm: each has its error, soon and in little memory.
-#![allow(clippy::unwrap_used, clippy::panic)]
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, clippy::format_collect)]
 
 mod common;
 
