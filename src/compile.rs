@@ -13,9 +13,10 @@ use crate::build::{self, Logits};
 use crate::describe::{self, Description};
 use crate::element::ElementType;
 use crate::error::{Code, Error, Result};
-use crate::lower::{self, Lowered, Padding, Stored};
+use crate::lower::{self, Lowered, Padding, Precision, Stored};
 use crate::opset::Target;
 use crate::read::{Repository, hash_bytes};
+use crate::recipe::Recipe;
 use crate::scaffold;
 use crate::stage::stage;
 use crate::write::{self, ConsumerFiles, DataFile, Force, Layout, LinkReport, Signature, Staging, data_name};
@@ -44,6 +45,8 @@ pub struct Options {
     pub allowed_tensors: Vec<String>,
     /// Where the graph finds its weights.
     pub weights: Weights,
+    /// How matrices are quantised; not at all without it.
+    pub recipe: Option<Recipe>,
 }
 
 /// Where a graph finds its weights.
@@ -104,7 +107,9 @@ pub fn compile_description(repository: Repository, description: Description, opt
         Weights::Link { .. } => (Some(bind::stored(&parameters, checkpoint)), None),
         Weights::Pack { shard_size } => (None, shard_size),
     };
-    let lowered = stage!("lower", lower::lower(&model, &options.lowering(stored.as_ref())))?;
+    let precision = options.recipe.as_ref().map(|recipe| recipe.precision(&model));
+    let lowering = options.lowering(stored.as_ref(), precision.as_ref());
+    let lowered = stage!("lower", lower::lower(&model, &lowering))?;
     let allowed = &options.allowed_tensors;
     let plan = stage!("plan", bind::plan(parameters, &lowered.graph, rules, checkpoint, allowed))?;
     let layout = stage!("plan", Layout::new(&plan, checkpoint, shard_size))?;
@@ -191,8 +196,8 @@ impl Written {
 
 impl Options {
     /// What lowering takes of it.
-    pub fn lowering<'s>(&self, stored: Option<&'s Stored>) -> lower::Options<'s> {
-        lower::Options { target: self.target, element: self.element, padding: self.padding, stored }
+    pub fn lowering<'s>(&self, stored: Option<&'s Stored>, precision: Option<&'s Precision>) -> lower::Options<'s> {
+        lower::Options { target: self.target, element: self.element, padding: self.padding, stored, precision }
     }
 
     /// What the graph computes in.
@@ -202,10 +207,11 @@ impl Options {
 
     /// Name of the graph file; the suffixes are those by which transformers.js asks for a type.
     fn file_name(&self) -> String {
-        let suffix = match self.element {
-            ElementType::F16 => "_fp16",
-            ElementType::BF16 => "_bf16",
-            _ => "",
+        let suffix = match (&self.recipe, self.element) {
+            (Some(recipe), _) => recipe.suffix(),
+            (None, ElementType::F16) => "_fp16",
+            (None, ElementType::BF16) => "_bf16",
+            (None, _) => "",
         };
         format!("model{suffix}.onnx")
     }
@@ -246,6 +252,7 @@ impl Compiled {
         Signature {
             onnx_file: format!("onnx/{}", options.file_name()),
             dtype: options.element,
+            quantized: options.recipe.as_ref().map(|recipe| recipe.suffix().trim_start_matches('_')),
             cache: options.computed(),
             data_files: self.layout.written.len(),
             vocab_size: spec.vocab_size,

@@ -21,15 +21,25 @@ pub enum ElementType {
     I8,
     /// Unsigned 8-bit integer.
     U8,
+    /// Signed 4-bit integer, two in a byte, the first in its low half.
+    I4,
     /// Boolean, one byte each.
     Bool,
 }
 
 impl ElementType {
-    /// Size of one element in bytes.
+    /// Bytes that so many elements take.
+    pub fn bytes(self, count: u64) -> u64 {
+        match self {
+            Self::I4 => count.div_ceil(2),
+            other => count.saturating_mul(other.size() as u64),
+        }
+    }
+
+    /// Size of one element in bytes; of those that are smaller, a whole byte.
     pub fn size(self) -> usize {
         match self {
-            Self::I8 | Self::U8 | Self::Bool => 1,
+            Self::I4 | Self::I8 | Self::U8 | Self::Bool => 1,
             Self::F16 | Self::BF16 => 2,
             Self::F32 | Self::I32 => 4,
             Self::F64 | Self::I64 => 8,
@@ -48,6 +58,7 @@ impl ElementType {
             Self::F16 => 10,
             Self::F64 => 11,
             Self::BF16 => 16,
+            Self::I4 => 22,
         }
     }
 
@@ -62,6 +73,7 @@ impl ElementType {
             Self::I32 => "tensor(int32)",
             Self::I8 => "tensor(int8)",
             Self::U8 => "tensor(uint8)",
+            Self::I4 => "tensor(int4)",
             Self::Bool => "tensor(bool)",
         }
     }
@@ -83,6 +95,7 @@ impl fmt::Display for ElementType {
             Self::I32 => "i32",
             Self::I8 => "i8",
             Self::U8 => "u8",
+            Self::I4 => "i4",
             Self::Bool => "bool",
         })
     }

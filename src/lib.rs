@@ -75,6 +75,7 @@ pub mod onnx;
 pub mod opset;
 pub mod quantize;
 pub mod read;
+pub mod recipe;
 pub mod runtime;
 pub mod scaffold;
 pub mod session;

@@ -240,5 +240,5 @@ fn list(parts: &[Weight]) -> String {
 
 mod convert;
 mod evaluate;
-pub(crate) use convert::convert;
+pub(crate) use convert::{convert, read_floats, write_floats};
 pub use evaluate::{Evaluation, Tensors};

@@ -30,7 +30,10 @@ fn graphs(template: &Template, config: &Map<String, Value>) -> Result<()> {
     let description = describe(template, config, &[])?;
     let model = build::decoder(&description.spec, Logits::Last)?;
     for target in Target::all()? {
-        lower::lower(&model, &lower::Options { target, element: ElementType::F32, padding: Padding::Any, stored: None })?;
+        lower::lower(
+            &model,
+            &lower::Options { target, element: ElementType::F32, padding: Padding::Any, stored: None, precision: None },
+        )?;
     }
     Ok(())
 }

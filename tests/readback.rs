@@ -133,7 +133,7 @@ fn initializers(graph: &GraphProto, compiled: &Compiled, folder: &Path) -> TestR
             value.ty.shape.iter().map(|dim| dim.value().ok_or("an open size")).collect::<Result<_, _>>()?;
         let bytes = match literal {
             Constant::Inline(bytes) => Some(bytes.as_slice()),
-            Constant::Weight(_) | Constant::Stored(_) => None,
+            Constant::Weight(_) | Constant::Stored(_) | Constant::Quantized(_) => None,
         };
         wanted.insert(value.name.as_str(), (value.ty.element.onnx(), dims, bytes));
     }

@@ -38,7 +38,7 @@ fn lowered_graphs() -> TestResult {
         let graph = build::decoder(&spec(name)?, Logits::All)?;
         for target in TARGETS {
             let options = Case::named(name)?.options(target)?;
-            let lowered = lower::lower(&graph, &options.lowering(None))?;
+            let lowered = lower::lower(&graph, &options.lowering(None, None))?;
             insta::assert_snapshot!(format!("{name}.{target}"), lowered.graph.to_string());
         }
     }

@@ -7,7 +7,8 @@ use crate::describe::TensorRules;
 use crate::element::ElementType;
 use crate::error::{Code, Error, Result};
 use crate::graph::{Dim, Graph, Source, ValueId};
-use crate::lower::{Constant, Onnx, Stored};
+use crate::lower::{Constant, Onnx, Part, Stored};
+use crate::quantize::Scheme;
 use crate::read::Checkpoint;
 use crate::weight::Weight;
 
@@ -37,6 +38,8 @@ pub struct Initializer {
     pub weight: Weight,
     /// Where its bytes lie in the checkpoint, if the graph takes them from there.
     pub linked: Option<Linked>,
+    /// Which part of the quantised matrix it is, if `weight` is one.
+    pub quantized: Option<(Scheme, Part)>,
 }
 
 /// Bytes in a file of the checkpoint.
@@ -53,7 +56,7 @@ pub struct Linked {
 impl Initializer {
     /// Size in the graph's element type.
     pub fn bytes(&self) -> u64 {
-        self.shape.iter().fold(self.element.size() as u64, |bytes, size| bytes.saturating_mul(*size as u64))
+        self.element.bytes(self.shape.iter().fold(1, |count: u64, size| count.saturating_mul(*size as u64)))
     }
 }
 
@@ -99,19 +102,19 @@ pub fn plan(
 ) -> Result<Plan> {
     let by_name: BTreeMap<&str, &Weight> = parameters.iter().map(|p| (p.name.as_str(), &p.weight)).collect();
     let mut initializers = Vec::new();
+    let over_tensors = |weight: &Weight| {
+        weight.substitute(&mut |name| {
+            let bound = by_name.get(name).map(|weight| (*weight).clone());
+            bound.ok_or_else(|| Error::new(Code::SpecInvalid, name).found("an initializer of an unknown parameter"))
+        })
+    };
     for (value, literal) in lowered.values() {
-        let (weight, linked) = match &literal.source {
-            Source::Literal(Constant::Weight(weight)) => {
-                let weight = weight.substitute(&mut |name| {
-                    let bound = by_name.get(name).map(|weight| (*weight).clone());
-                    let unknown =
-                        || Error::new(Code::SpecInvalid, name).found("an initializer of an unknown parameter");
-                    bound.ok_or_else(unknown)
-                })?;
-                (weight, None)
-            }
-            Source::Literal(Constant::Stored(weight)) => (weight.clone(), Some(linked(weight, checkpoint)?)),
-            _ => continue,
+        let Source::Literal(constant) = &literal.source else { continue };
+        let (weight, linked, quantized) = match constant {
+            Constant::Inline(_) => continue,
+            Constant::Weight(weight) => (over_tensors(weight)?, None, None),
+            Constant::Stored(weight) => (weight.clone(), Some(linked(weight, checkpoint)?), None),
+            Constant::Quantized(part) => (over_tensors(&part.weight)?, None, Some((part.scheme, part.part))),
         };
         initializers.push(Initializer {
             value,
@@ -120,6 +123,7 @@ pub fn plan(
             shape: fixed(&literal.ty.shape),
             weight,
             linked,
+            quantized,
         });
     }
     let dropped = left_over(&parameters, rules, checkpoint, allowed)?;

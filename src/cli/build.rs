@@ -6,6 +6,7 @@ use clap::{Args, ValueEnum};
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use serde_json::json;
 
+use super::quantization::QuantizationOptions;
 use super::verify::{judge, print_report};
 use super::{Output, RuntimeOption, repo};
 use crate::build::Logits;
@@ -77,6 +78,8 @@ pub(super) struct ModelOptions {
     /// With `--weights link`: read the linked files once, to record their sha256
     #[arg(long)]
     hash_linked: bool,
+    #[command(flatten)]
+    quantization: QuantizationOptions,
     /// Describe the model by this template instead of a built-in one
     #[arg(long, value_name = "FILE")]
     template: Option<PathBuf>,
@@ -165,6 +168,7 @@ impl ModelOptions {
                 Dtype::Bf16 => ElementType::BF16,
             },
             weights: self.weights()?,
+            recipe: self.quantization.recipe()?,
             padding: match self.padding {
                 Padding::Any => lower::Padding::Any,
                 Padding::Right => lower::Padding::Right,

@@ -8,6 +8,7 @@ mod diff;
 mod generate;
 mod inspect;
 mod output;
+mod quantization;
 mod repo;
 mod runtime;
 mod scaffold;

@@ -10,6 +10,7 @@ use crate::error::Result;
 use crate::hub;
 use crate::lower::{Note, Padding};
 use crate::read::{FileHash, hash_files};
+use crate::recipe::Quantization;
 use crate::spec::ModelSpec;
 use crate::write::Streamed;
 
@@ -22,6 +23,7 @@ pub(super) struct Manifest {
     padding: &'static str,
     logits: &'static str,
     weights: &'static str,
+    quantization: Option<Quantization>,
     onnx: String,
     pub(super) verified: Option<Value>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -68,6 +70,7 @@ impl Manifest {
                 Logits::All => "all",
                 Logits::Last => "last",
             },
+            quantization: options.recipe.as_ref().map(|recipe| recipe.record(&compiled.plan)),
             weights: match options.weights {
                 Weights::Pack { .. } => "pack",
                 Weights::Link { .. } => "link",

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use super::infer::{Inferred, Operand, infer};
-use super::onnx_graph::{Attribute, Constant, Onnx, Operator};
+use super::onnx_graph::{Attribute, Constant, Onnx, Operator, Quantized};
 use crate::element::ElementType;
 use crate::error::{Code, Error, Result};
 use crate::graph::{Dim, Graph, Node, Shape, Source, Type, ValueId};
@@ -194,6 +194,11 @@ impl Emitter {
     /// An initializer that is a part of one tensor of the checkpoint.
     pub(super) fn stored(&mut self, name: &str, ty: Type<ElementType>, weight: Weight) -> ValueId {
         self.literal(name, ty, Constant::Stored(weight))
+    }
+
+    /// An initializer that is a part of a quantised matrix.
+    pub(super) fn quantized(&mut self, name: &str, ty: Type<ElementType>, quantized: Quantized) -> ValueId {
+        self.literal(name, ty, Constant::Quantized(quantized))
     }
 
     fn literal(&mut self, name: &str, ty: Type<ElementType>, constant: Constant) -> ValueId {

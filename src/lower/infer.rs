@@ -45,6 +45,12 @@ pub(super) fn infer(op: &Operator, operands: &[Option<Operand>]) -> Result<Vec<I
             vec![Inferred { ty: Type::new(to, x.ty.shape.clone()), contents: x.contents.cloned() }]
         }
         "MatMul" | "FusedMatMul" => typed(x.ty.element, matmul(op, &x.ty.shape, &get(1)?.ty.shape)?),
+        "MatMulNBits" => {
+            let rows = op.get_int("N").ok_or("MatMulNBits without N")?;
+            typed(x.ty.element, with_axis(&x.ty.shape, -1, Dim::constant(rows))?)
+        }
+        "GatherBlockQuantized" => typed(get(2)?.ty.element, gather_block(op, x.ty, get(1)?.ty, get(2)?.ty)?),
+        "DequantizeLinear" => typed(get(1)?.ty.element, x.ty.shape.clone()),
         "Gemm" => typed(x.ty.element, gemm(op, &x.ty.shape, &get(1)?.ty.shape)?),
         "Reshape" => typed(x.ty.element, reshape(&x.ty.shape, get(1)?)?),
         "Expand" => typed(x.ty.element, broadcast(&x.ty.shape, known(get(1)?)?)?),
@@ -85,7 +91,7 @@ fn top_k(op: &Operator, x: Operand, count: Operand) -> Result<Vec<Inferred>, Str
 }
 
 /// Operators whose one result has the type of their first operand.
-const ELEMENTWISE: [&str; 26] = [
+const ELEMENTWISE: [&str; 27] = [
     "Sigmoid",
     "Tanh",
     "Sqrt",
@@ -105,6 +111,7 @@ const ELEMENTWISE: [&str; 26] = [
     "RMSNormalization",
     "RotaryEmbedding",
     "MoE",
+    "QMoE",
     "ScatterElements",
     "Floor",
     "Abs",
@@ -275,6 +282,21 @@ fn gather(op: &Operator, x: Operand, indices: Operand) -> Result<Vec<Inferred>, 
         indices.iter().map(|i| axis_index(*i, known.len()).ok().and_then(|i| known.get(i).cloned())).collect()
     });
     Ok(vec![Inferred { ty: Type::new(x.ty.element, shape), contents }])
+}
+
+/// Rows of a table of packed integers: as many numbers as the scales' blocks hold.
+fn gather_block(op: &Operator, data: &Ty, indices: &Ty, scales: &Ty) -> Result<Shape, String> {
+    let (bits, block) = (op.get_int("bits").unwrap_or(4), op.get_int("block_size").unwrap_or(128));
+    let ([_, bytes], [_, blocks]) = (data.shape.as_slice(), scales.shape.as_slice()) else {
+        return Err("a table and its scales have two axes".to_owned());
+    };
+    let width = &Dim::constant(block) * blocks;
+    if width.value().zip(bytes.value()).is_none_or(|(width, bytes)| width * bits != bytes * 8) {
+        return Err(format!("{bytes} bytes do not hold {blocks} blocks of {block}"));
+    }
+    let mut shape = indices.shape.clone();
+    shape.push(width);
+    Ok(shape)
 }
 
 fn gather_nd(op: &Operator, shape: &Shape, indices: &Shape) -> Result<Shape, String> {

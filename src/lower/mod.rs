@@ -16,11 +16,13 @@ mod moe;
 mod norm;
 mod onnx_graph;
 mod position;
+mod quantized;
 mod rope;
 mod rotary;
 
 pub use link::Stored;
-pub use onnx_graph::{Attribute, Constant, MICROSOFT, Onnx, Operator};
+pub use onnx_graph::{Attribute, Constant, MICROSOFT, Onnx, Operator, Part, Quantized};
+pub use quantized::Precision;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -53,6 +55,8 @@ pub struct Options<'s> {
     pub padding: Padding,
     /// How the checkpoint stores parameters, if the graph is to take them from its files as they are.
     pub stored: Option<&'s Stored>,
+    /// Which matrices are held as integers.
+    pub precision: Option<&'s Precision>,
 }
 
 /// An ONNX graph, and why it is not made of better operators.
@@ -167,7 +171,10 @@ impl Lowerer<'_> {
         match value.source {
             Source::Literal(_) => {
                 let ty = self.ty(&value.ty);
-                let lowered = self.parameter(&value.name, ty, value.ty.element, Weight::source(&value.name))?;
+                let lowered = match self.dequantized(model, id)? {
+                    Some(floats) => floats,
+                    None => self.parameter(&value.name, ty, value.ty.element, Weight::source(&value.name))?,
+                };
                 self.values.insert(id, lowered);
                 self.named.insert(lowered);
                 Ok(lowered)
@@ -196,6 +203,16 @@ impl Lowerer<'_> {
             Composite::Norm(op) => return Ok(vec![self.norm(*op, model, ids)?]),
             Composite::AddNorm(op) => return Ok(self.add_norm(*op, model, ids)?.to_vec()),
             Composite::Moe(op) => return Ok(vec![self.moe(op, model, ids)?]),
+            Composite::Linear => {
+                if let Some(product) = self.quantized_linear(model, ids)? {
+                    return Ok(vec![product]);
+                }
+            }
+            Composite::Embed => {
+                if let Some(rows) = self.quantized_embed(model, ids)? {
+                    return Ok(vec![rows]);
+                }
+            }
             _ => {}
         }
         let operands: Vec<ValueId> = ids.iter().map(|id| self.value(model, *id)).collect::<Result<_>>()?;

@@ -1,5 +1,6 @@
 //! Mixture of experts: routing, and the experts in one operator or all of them at once.
 
+use super::quantized::{Layout, named};
 use super::{Form, Lowerer, Operator};
 use crate::build::{Model, MoeOp};
 use crate::element::ElementType;
@@ -48,6 +49,7 @@ impl Lowerer<'_> {
         let (up, down) = (projection()?, projection()?);
         let operands = Operands { x, logits, correction_bias, expert_scale, gate, up, down };
         let y = self.first_form("moe", |s, form| match form {
+            "QMoE" => s.quantized_moe(op, model, &operands),
             "MoE" => s.fused_moe(op, model, &operands),
             _ => s.every_expert(op, model, &operands).map(Form::Done),
         })?;
@@ -69,27 +71,80 @@ impl Lowerer<'_> {
 
     /// `MoE` of onnxruntime: only the chosen experts run. It takes gate and up rows in turn, and only float32.
     fn fused_moe(&mut self, op: &MoeOp, model: &Graph<Model>, operands: &Operands) -> Result<Form<ValueId>> {
-        if op.weigh_input {
-            return Ok(Form::Refused("the operator weighs outputs, not inputs".to_owned()));
-        }
-        if op.top_k > op.experts {
-            return Ok(Form::Refused(format!("{} experts of {} with weights", op.top_k, op.experts)));
-        }
-        let mut call = Operator::microsoft("MoE").size("k", op.top_k);
-        call = match (op.gated, op.activation) {
-            (true, Activation::Silu) => swiglu(call, 1.0, 0.0),
-            (true, Activation::ClampedSwiglu { alpha, limit }) => swiglu(call, alpha, 1.0).float("swiglu_limit", limit),
-            (false, Activation::Silu) => call.string("activation_type", "silu"),
-            (false, Activation::Relu) => call.string("activation_type", "relu"),
-            (gated, other) => {
-                let kind = if gated { "gated" } else { "plain" };
-                return Ok(Form::Refused(format!("the operator has no {kind} {other:?} experts")));
-            }
+        let call = match expert_call(op, "MoE") {
+            Ok(call) => call,
+            Err(reason) => return Ok(Form::Refused(reason)),
         };
         let (first, first_bias) = self.first_projection(op, model, operands)?;
         let (down, down_bias) = self.projection(model, operands.down)?;
         let down = self.e.cast(down, ElementType::F32)?;
         let down_bias = down_bias.map(|bias| self.e.cast(bias, ElementType::F32)).transpose()?;
+        let weights = [Some(first), first_bias, Some(down), down_bias];
+        self.call_experts(op, operands, call, &weights).map(Form::Done)
+    }
+
+    /// `QMoE`: the same with integers.
+    fn quantized_moe(&mut self, op: &MoeOp, model: &Graph<Model>, operands: &Operands) -> Result<Form<ValueId>> {
+        let call = match expert_call(op, "QMoE") {
+            Ok(call) => call,
+            Err(reason) => return Ok(Form::Refused(reason)),
+        };
+        let (up, down) = (named(model, operands.up.weight), named(model, operands.down.weight));
+        let gate = operands.gate.map(|gate| named(model, gate.weight));
+        let schemes = [Some(&up), Some(&down), gate.as_ref()].map(|of| of.map(|(name, _)| self.scheme(name)));
+        let Some(Some(scheme)) = schemes.first().copied().flatten() else {
+            return Ok(Form::Refused("the experts are not quantised".to_owned()));
+        };
+        if schemes.iter().flatten().any(|other| *other != Some(scheme)) {
+            return Ok(Form::Refused("the operator takes one scheme for all projections".to_owned()));
+        }
+        if scheme.bits() == 2 {
+            return Ok(Form::Refused("the operator has no kernel for 2 bits".to_owned()));
+        }
+        if let Some(odd) = [&up, &down].iter().filter_map(|(_, s)| s.last()).find(|k| *k % scheme.block_size() != 0) {
+            let block = scheme.block_size();
+            return Ok(Form::Refused(format!("{odd} columns are no whole number of blocks of {block}")));
+        }
+        let first = match &gate {
+            None => self.integers(&up.0, &up.1, &scheme, &Weight::source(&up.0), Layout::Rows),
+            Some((gate, _)) => {
+                // [E, I, H] twice -> [E, 2 * I, H]
+                let weight = Weight::Interleave(1, vec![Weight::source(gate), Weight::source(&up.0)]);
+                let mut shape = up.1.clone();
+                if let Some(rows) = shape.get_mut(1) {
+                    *rows *= 2;
+                }
+                self.integers(&up.0.replace("up_proj", "gate_up_proj"), &shape, &scheme, &weight, Layout::Rows)
+            }
+        };
+        let second = self.integers(&down.0, &down.1, &scheme, &Weight::source(&down.0), Layout::Rows);
+        let first_bias = match operands.gate {
+            None => operands.up.bias.map(|bias| self.value(model, bias)).transpose()?,
+            Some(gate) => {
+                let biases = gate.bias.zip(operands.up.bias);
+                biases.map(|(gate, up)| self.interleaved(op, model, gate, up)).transpose()?
+            }
+        };
+        let down_bias = operands.down.bias.map(|bias| self.value(model, bias)).transpose()?;
+        let call = call
+            .int("expert_weight_bits", scheme.bits().into())
+            .size("block_size", scheme.block_size())
+            .string("quant_type", "int")
+            .int("weights_prepacked", 0);
+        let (scales, scales2) = (first.scales, second.scales);
+        let weights = [Some(first.data), Some(scales), first_bias, Some(second.data), Some(scales2), down_bias];
+        let zeros = [None, None, None, first.zero_points, second.zero_points];
+        self.call_experts(op, operands, call, &[weights.as_slice(), &zeros].concat()).map(Form::Done)
+    }
+
+    /// Calls an operator that routes by itself: input, logits, and what follows.
+    fn call_experts(
+        &mut self,
+        op: &MoeOp,
+        operands: &Operands,
+        call: Operator,
+        weights: &[Option<ValueId>],
+    ) -> Result<ValueId> {
         let routing = self.fused_routing(op, operands)?;
         let experts = vec![self.tokens(operands.x), Dim::from(op.experts)];
         // [B, S, E] -> [B * S, E]
@@ -97,7 +152,8 @@ impl Lowerer<'_> {
         let element = self.e.ty(operands.x).element;
         let x = self.e.cast(operands.x, ElementType::F32)?;
         let call = call.int("normalize_routing_weights", routing.normalize.into());
-        let mut inputs = vec![Some(x), Some(logits), Some(first), first_bias, Some(down), down_bias];
+        let mut inputs = vec![Some(x), Some(logits)];
+        inputs.extend(weights);
         while inputs.last() == Some(&None) {
             inputs.pop();
         }
@@ -105,7 +161,7 @@ impl Lowerer<'_> {
         if let Some(scale) = routing.scale {
             y = self.e.add(Operator::new("Mul"), &[y, scale])?;
         }
-        self.e.cast(y, element).map(Form::Done)
+        self.e.cast(y, element)
     }
 
     /// Weight and bias of a projection as they are stored.
@@ -367,6 +423,27 @@ impl Lowerer<'_> {
         let x = self.e.reshape(x, &rows)?;
         self.e.add(Operator::new("Transpose").ints("perm", &[1, 0]), &[x])
     }
+}
+
+/// A call of an operator that runs the chosen experts, or why it can not express these.
+fn expert_call(op: &MoeOp, op_type: &'static str) -> std::result::Result<Operator, String> {
+    if op.weigh_input {
+        return Err("the operator weighs outputs, not inputs".to_owned());
+    }
+    if op.top_k > op.experts {
+        return Err(format!("{} experts of {} with weights", op.top_k, op.experts));
+    }
+    let call = Operator::microsoft(op_type).size("k", op.top_k);
+    Ok(match (op.gated, op.activation) {
+        (true, Activation::Silu) => swiglu(call, 1.0, 0.0),
+        (true, Activation::ClampedSwiglu { alpha, limit }) => swiglu(call, alpha, 1.0).float("swiglu_limit", limit),
+        (false, Activation::Silu) => call.string("activation_type", "silu"),
+        (false, Activation::Relu) => call.string("activation_type", "relu"),
+        (gated, other) => {
+            let kind = if gated { "gated" } else { "plain" };
+            return Err(format!("the operator has no {kind} {other:?} experts"));
+        }
+    })
 }
 
 /// The attributes of a gated expert whose gate and up rows come in turn.

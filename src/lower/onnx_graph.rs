@@ -4,6 +4,7 @@ use std::fmt;
 
 use crate::element::ElementType;
 use crate::graph::Dialect;
+use crate::quantize::Scheme;
 use crate::weight::Weight;
 
 /// The domain of onnxruntime's own operators.
@@ -28,6 +29,43 @@ pub enum Constant {
     Weight(Weight),
     /// A part of one tensor of the checkpoint, as its file has it.
     Stored(Weight),
+    /// A part of a quantised matrix, made from parameters.
+    Quantized(Quantized),
+}
+
+/// One of the tensors that a matrix `[.., N, K]` becomes when it is quantised.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Quantized {
+    /// How.
+    pub scheme: Scheme,
+    /// Which of them.
+    pub part: Part,
+    /// The matrix.
+    pub weight: Weight,
+}
+
+/// The tensors of a quantised matrix.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Part {
+    /// The integers, unsigned, each block filled up.
+    Data,
+    /// The integers less the implicit zero point, signed, without filling.
+    SignedData,
+    /// A scale for each block.
+    Scales,
+    /// A zero point for each block.
+    ZeroPoints,
+}
+
+impl fmt::Display for Part {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Data => "integers",
+            Self::SignedData => "signed integers",
+            Self::Scales => "scales",
+            Self::ZeroPoints => "zero points",
+        })
+    }
 }
 
 impl fmt::Display for Constant {
@@ -36,6 +74,7 @@ impl fmt::Display for Constant {
             Self::Inline(bytes) => write!(f, "constant<{} bytes>", bytes.len()),
             Self::Weight(weight) => write!(f, "weight<{weight}>"),
             Self::Stored(weight) => write!(f, "stored<{weight}>"),
+            Self::Quantized(Quantized { scheme, part, weight }) => write!(f, "{part}<{weight}, {scheme}>"),
         }
     }
 }

@@ -19,6 +19,8 @@ pub struct Signature {
     pub onnx_file: String,
     /// What the weights are stored in; it names the files.
     pub dtype: ElementType,
+    /// What transformers.js calls the quantised model: `q4`, `int8`.
+    pub quantized: Option<&'static str>,
     /// What the cache is made of.
     pub cache: ElementType,
     /// How many external data files the model has.
@@ -88,9 +90,10 @@ fn config(source: &Map<String, Value>, signature: &Signature) -> Map<String, Val
         Some(Value::Object(options)) => options.clone(),
         _ => Map::new(),
     };
-    let dtype = match signature.dtype {
-        ElementType::F32 => Some("fp32"),
-        ElementType::F16 => Some("fp16"),
+    let dtype = match (signature.quantized, signature.dtype) {
+        (Some(name), _) => Some(name),
+        (None, ElementType::F32) => Some("fp32"),
+        (None, ElementType::F16) => Some("fp16"),
         // transformers.js has no name for it and can not run it.
         _ => None,
     };

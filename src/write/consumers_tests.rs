@@ -9,6 +9,7 @@ fn signature() -> Signature {
     Signature {
         onnx_file: "onnx/model.onnx".into(),
         dtype: ElementType::F32,
+        quantized: None,
         cache: ElementType::F32,
         data_files: 1,
         vocab_size: 2048,

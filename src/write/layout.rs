@@ -1,5 +1,8 @@
 //! Where each initializer's bytes are to lie: known before any of them is read.
 
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+
 use crate::bind::{Linked, Plan};
 use crate::error::{Code, Error, Result};
 use crate::read::Checkpoint;
@@ -48,6 +51,7 @@ impl Layout {
     pub fn new(plan: &Plan, checkpoint: &Checkpoint, shard_size: Option<u64>) -> Result<Self> {
         let mut order: Vec<usize> = (0..plan.initializers.len()).collect();
         order.retain(|i| plan.initializers.get(*i).is_some_and(|initializer| initializer.linked.is_none()));
+        let twins = remove_twins(plan, &mut order);
         let place = |i: &usize| {
             let sources = plan.initializers.get(*i).map(|i| i.weight.sources()).unwrap_or_default();
             sources.iter().filter_map(|name| checkpoint.get(name)).map(|tensor| (tensor.file, tensor.offset)).min()
@@ -83,6 +87,11 @@ impl Layout {
                 *end = offset.saturating_add(length);
             }
         }
+        for (twin, first) in twins {
+            if let (Some(extent), Some(slot)) = (extents.get(first).copied(), extents.get_mut(twin)) {
+                *slot = extent;
+            }
+        }
         let mut linked: Vec<usize> = extents
             .iter()
             .filter_map(|extent| match extent.file {
@@ -105,6 +114,28 @@ impl Layout {
         let linked = self.extents.iter().filter(|extent| matches!(extent.file, DataFile::Linked(_)));
         linked.map(|extent| extent.length).sum()
     }
+}
+
+/// Takes out initializers whose bytes are those of an earlier one: a quantised table that is also the head is one
+/// matrix, which two operators want to see in different shapes. Pairs of the later and the earlier one.
+fn remove_twins(plan: &Plan, order: &mut Vec<usize>) -> Vec<(usize, usize)> {
+    let mut seen = BTreeMap::new();
+    let mut twins = Vec::new();
+    order.retain(|i| {
+        let Some(initializer) = plan.initializers.get(*i) else { return false };
+        let Some((scheme, part)) = initializer.quantized else { return true };
+        match seen.entry(format!("{part:?} {scheme:?} {:?}", initializer.weight)) {
+            Entry::Vacant(entry) => {
+                entry.insert(*i);
+                true
+            }
+            Entry::Occupied(entry) => {
+                twins.push((*i, *entry.get()));
+                false
+            }
+        }
+    });
+    twins
 }
 
 /// Name of a file that is written beside the graph `model`; transformers.js asks for exactly these.

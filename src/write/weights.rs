@@ -1,21 +1,25 @@
 //! Executes a plan: from the checkpoint's files to the data files, in one pass, a few chunks in memory at a time.
 
+use std::io::{Read as _, Seek as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 
 use rayon::prelude::*;
+use tempfile::SpooledTempFile;
 
-use super::layout::{Extent, Layout, data_name};
-use super::sink::{Buffer, Pool, with_sink};
+use super::layout::{DataFile, Extent, Layout, data_name};
+use super::sink::{Buffer, Pool, Sink, with_sink};
 use crate::bind::{Initializer, Plan};
 use crate::element::ElementType;
 use crate::error::{Code, Error, Result};
 use crate::interrupt;
+use crate::lower::Part;
+use crate::quantize::{ScaleType, Scheme, quantize_rows};
 use crate::read::{Checkpoint, FileHash, hash_file};
 use crate::stage::stage;
-use crate::weight::{Evaluation, Tensors, convert};
+use crate::weight::{Evaluation, Tensors, convert, read_floats, write_floats};
 
 /// Bytes that are computed, written and hashed at a time.
 const CHUNK: usize = 4 << 20;
@@ -72,21 +76,29 @@ fn sources(checkpoint: &Checkpoint, hashed: bool, turns: Receiver<usize>, stop: 
     Ok(hashes)
 }
 
-/// An initializer that is to be written.
+/// Initializers that are written together: one, or the parts of a quantised matrix, the integers first.
 struct Task<'p> {
     initializer: &'p Initializer,
     extent: Extent,
     evaluation: Evaluation,
+    /// Scales and zero points.
+    sides: Vec<(Part, Extent)>,
     /// The checkpoint's file that its first tensor lies in.
     source: Option<usize>,
 }
 
-/// A part of it, small enough to be held in memory.
+/// A part of a task, small enough to be held in memory.
 struct Job<'t> {
     task: &'t Task<'t>,
-    /// First element.
+    /// First element of what the initializer is made from.
     first: usize,
     count: usize,
+}
+
+/// What a job computes.
+struct Chunk<'p> {
+    bytes: Buffer<'p>,
+    sides: Vec<Vec<u8>>,
 }
 
 fn pack(
@@ -98,19 +110,19 @@ fn pack(
     mut progress: impl FnMut(u64) + Send,
 ) -> Result<Vec<FileHash>> {
     let paths: Vec<PathBuf> = (0..layout.written.len()).map(|i| folder.join(data_name(model, i))).collect();
-    let pairs = layout.order.iter().filter_map(|i| plan.initializers.get(*i).zip(layout.extents.get(*i)));
-    let tasks: Vec<Task> = pairs.map(|(i, extent)| Task::new(i, *extent, checkpoint)).collect::<Result<_>>()?;
+    let tasks = tasks(plan, layout, checkpoint)?;
     let mut jobs = tasks.iter().flat_map(Task::jobs);
     // Two rounds are on their way: one is computed while the other is written and hashed.
     let window = 2 * rayon::current_num_threads();
     let pool = Pool::default();
-    let (mut file, mut source) = (None, None);
+    let mut source = None;
     let ((), files) = with_sink(paths, window, |sink| {
+        let mut place = Place { sink, pool: &pool, file: None, sides: Vec::new() };
         loop {
             interrupt::check()?;
             let round: Vec<Job> = jobs.by_ref().take(window).collect();
             if round.is_empty() {
-                return if file.is_some() { sink.end() } else { Ok(()) };
+                return place.end();
             }
             for next in round.iter().filter_map(|job| job.task.source) {
                 if source.replace(next) != Some(next) {
@@ -119,35 +131,115 @@ fn pack(
                 }
             }
             let compute = |job: &Job<'_>| job.compute(checkpoint, &pool);
-            let chunks: Vec<Result<Buffer>> = stage!("- read, transform", round.par_iter().map(compute).collect());
+            let chunks: Vec<Result<Chunk>> = stage!("- read, transform", round.par_iter().map(compute).collect());
             for (job, chunk) in round.iter().zip(chunks) {
-                let (chunk, next) = (chunk?, job.task.extent.file);
-                if file.replace(next).is_some_and(|file| file != next) {
-                    sink.end()?;
-                }
-                progress(chunk.bytes.len() as u64);
-                stage!("- wait for disk", sink.put(job.offset(), chunk))?;
+                let chunk = chunk?;
+                progress(chunk.bytes.bytes.len() as u64);
+                stage!("- wait for disk", place.put(job, chunk, folder))?;
             }
         }
     })?;
     Ok(files)
 }
 
+/// Puts chunks where they belong, and scales and zero points behind the integers that they come with.
+struct Place<'k, 's, 'p> {
+    sink: &'k mut Sink<'s, 'p>,
+    pool: &'p Pool,
+    file: Option<DataFile>,
+    sides: Vec<SpooledTempFile>,
+}
+
+/// Scales and zero points that are waiting for their turn: more than this waits on the disk.
+const WAITING: usize = 32 << 20;
+
+impl<'p> Place<'_, '_, 'p> {
+    fn put(&mut self, job: &Job, chunk: Chunk<'p>, folder: &Path) -> Result<()> {
+        let io = |error: std::io::Error| Error::io(folder, &error);
+        let task = job.task;
+        self.at(task.extent.file, job.offset(), chunk.bytes)?;
+        for (index, side) in chunk.sides.iter().enumerate() {
+            if self.sides.len() <= index {
+                self.sides.push(tempfile::spooled_tempfile_in(WAITING, folder));
+            }
+            if let Some(waiting) = self.sides.get_mut(index) {
+                waiting.write_all(side).map_err(io)?;
+            }
+        }
+        if job.first + job.count < task.evaluation.count() {
+            return Ok(());
+        }
+        for ((_, extent), mut waiting) in task.sides.iter().zip(std::mem::take(&mut self.sides)) {
+            waiting.rewind().map_err(io)?;
+            let (mut offset, mut left) = (extent.offset, extent.length);
+            while left > 0 {
+                let length = usize::try_from(left).unwrap_or(usize::MAX).min(CHUNK);
+                let mut buffer = self.pool.take(length);
+                waiting.read_exact(&mut buffer.bytes).map_err(io)?;
+                self.at(extent.file, offset, buffer)?;
+                (offset, left) = (offset + length as u64, left - length as u64);
+            }
+        }
+        Ok(())
+    }
+
+    fn at(&mut self, file: DataFile, offset: u64, bytes: Buffer<'p>) -> Result<()> {
+        if self.file.replace(file).is_some_and(|before| before != file) {
+            self.sink.end()?;
+        }
+        self.sink.put(offset, bytes)
+    }
+
+    fn end(self) -> Result<()> {
+        if self.file.is_some() { self.sink.end() } else { Ok(()) }
+    }
+}
+
+fn tasks<'p>(plan: &'p Plan, layout: &Layout, checkpoint: &Checkpoint) -> Result<Vec<Task<'p>>> {
+    let mut tasks: Vec<Task> = Vec::new();
+    for index in &layout.order {
+        let pair = plan.initializers.get(*index).zip(layout.extents.get(*index));
+        let Some((initializer, extent)) = pair else { continue };
+        match initializer.quantized {
+            // They stand behind their integers, and come with them.
+            Some((_, part @ (Part::Scales | Part::ZeroPoints))) => {
+                let integers = tasks.last_mut().filter(|task| task.initializer.weight == initializer.weight);
+                let integers = integers.ok_or_else(|| {
+                    Error::new(Code::SpecInvalid, &initializer.name).found(format!("{part} without their integers"))
+                })?;
+                integers.sides.push((part, *extent));
+            }
+            _ => tasks.push(Task::new(initializer, *extent, checkpoint)?),
+        }
+    }
+    Ok(tasks)
+}
+
 impl<'p> Task<'p> {
     fn new(initializer: &'p Initializer, extent: Extent, checkpoint: &Checkpoint) -> Result<Self> {
         let evaluation = Evaluation::new(&initializer.weight, &Stored(checkpoint))
             .map_err(|failure| failure.about(&initializer.name))?;
-        if evaluation.shape != initializer.shape {
+        if evaluation.shape != initializer.shape && initializer.quantized.is_none() {
             return Err(Error::new(Code::TensorShape, &initializer.name)
                 .found(format!("{:?}", evaluation.shape))
                 .expected(format!("{:?}", initializer.shape)));
         }
         let first = initializer.weight.sources().first().and_then(|name| checkpoint.get(name));
-        Ok(Self { initializer, extent, evaluation, source: first.map(|tensor| tensor.file) })
+        Ok(Self { initializer, extent, evaluation, sides: Vec::new(), source: first.map(|tensor| tensor.file) })
+    }
+
+    /// Columns of a quantised matrix.
+    fn columns(&self) -> usize {
+        self.evaluation.shape.last().copied().unwrap_or(1).max(1)
     }
 
     fn jobs(&self) -> impl Iterator<Item = Job<'_>> {
-        let (total, step) = (self.evaluation.count(), CHUNK / self.initializer.element.size());
+        let total = self.evaluation.count();
+        let step = match self.initializer.quantized {
+            None => CHUNK / self.initializer.element.size(),
+            // Whole rows, as many as fit as floats.
+            Some(_) => (CHUNK / 4 / self.columns()).max(1) * self.columns(),
+        };
         (0..total).step_by(step).map(move |first| Job { task: self, first, count: step.min(total - first) })
     }
 }
@@ -155,23 +247,74 @@ impl<'p> Task<'p> {
 impl Job<'_> {
     /// Where it goes in the data file.
     fn offset(&self) -> u64 {
-        self.task.extent.offset.saturating_add((self.first * self.task.initializer.element.size()) as u64)
+        let Task { initializer, extent, .. } = self.task;
+        let before = match initializer.quantized {
+            None => self.first * initializer.element.size(),
+            Some((scheme, Part::SignedData)) => self.first * usize::from(scheme.bits()) / 8,
+            Some((scheme, _)) => self.first / self.task.columns() * scheme.row_bytes(self.task.columns()),
+        };
+        extent.offset.saturating_add(before as u64)
     }
 
-    fn compute<'p>(&self, checkpoint: &Checkpoint, pool: &'p Pool) -> Result<Buffer<'p>> {
+    fn compute<'p>(&self, checkpoint: &Checkpoint, pool: &'p Pool) -> Result<Chunk<'p>> {
         let Task { initializer, evaluation, .. } = self.task;
         let tensors = Stored(checkpoint);
         let refused = |failure: Failure| failure.about(&initializer.name);
+        if let Some((scheme, part)) = initializer.quantized {
+            return self.quantize(&tensors, pool, &scheme, part).map_err(refused);
+        }
         let mut out = pool.take(self.count * initializer.element.size());
         if evaluation.element == initializer.element {
             evaluation.fill(&tensors, self.first, &mut out.bytes).map_err(refused)?;
-            return Ok(out);
+            return Ok(Chunk { bytes: out, sides: Vec::new() });
         }
         let mut raw = pool.take(self.count * evaluation.element.size());
         evaluation.fill(&tensors, self.first, &mut raw.bytes).map_err(refused)?;
         convert(&raw.bytes, evaluation.element, &mut out.bytes, initializer.element)
             .map_err(|reason| refused(reason.into()))?;
-        Ok(out)
+        Ok(Chunk { bytes: out, sides: Vec::new() })
+    }
+
+    /// Rows of a matrix as integers, and the scales and zero points that come with them.
+    fn quantize<'p>(
+        &self,
+        tensors: &Stored<'_>,
+        pool: &'p Pool,
+        scheme: &Scheme,
+        part: Part,
+    ) -> Result<Chunk<'p>, Failure> {
+        let Task { evaluation, sides, .. } = self.task;
+        let mut raw = pool.take(self.count * evaluation.element.size());
+        evaluation.fill(tensors, self.first, &mut raw.bytes)?;
+        let mut values = Vec::with_capacity(self.count);
+        read_floats(&raw.bytes, evaluation.element, &mut values)?;
+        drop(raw);
+        let blocks = quantize_rows(&values, self.task.columns(), None, scheme)?;
+        let mut bytes = pool.take(blocks.data.len());
+        bytes.bytes.copy_from_slice(&blocks.data);
+        if part == Part::SignedData {
+            // Less the implicit zero point, in two's complement: the highest bit of each integer flips.
+            let flip = if scheme.bits() == 4 { 0x88 } else { 0x80 };
+            for byte in &mut bytes.bytes {
+                *byte ^= flip;
+            }
+        }
+        let element = match scheme.scales() {
+            ScaleType::Float32 => ElementType::F32,
+            ScaleType::Float16 => ElementType::F16,
+            ScaleType::BFloat16 => ElementType::BF16,
+        };
+        let mut beside = Vec::new();
+        for (part, _) in sides {
+            beside.push(if *part == Part::Scales {
+                let mut scales = vec![0; blocks.scales.len() * element.size()];
+                write_floats(&blocks.scales, element, &mut scales)?;
+                scales
+            } else {
+                blocks.zero_points.clone().unwrap_or_default()
+            });
+        }
+        Ok(Chunk { bytes, sides: beside })
     }
 }
 

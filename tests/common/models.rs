@@ -28,6 +28,7 @@ pub fn options(repository: &Path, target: &str) -> TestResult<Options> {
         allowed_keys: Vec::new(),
         allowed_tensors: Vec::new(),
         weights: Weights::Pack { shard_size: None },
+        recipe: None,
     })
 }
 

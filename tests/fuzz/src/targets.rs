@@ -105,7 +105,8 @@ fn graphs(config: &Map<String, Value>, template: Option<&Template>) {
         Err(error) => return says(&error),
     };
     for target in Target::all().unwrap_or_default() {
-        let options = lower::Options { target, element: ElementType::F32, padding: Padding::Any, stored: None };
+        let options =
+            lower::Options { target, element: ElementType::F32, padding: Padding::Any, stored: None, precision: None };
         if let Err(error) = lower::lower(&model, &options) {
             says(&error);
         }

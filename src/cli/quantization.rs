@@ -1,0 +1,79 @@
+//! The options of `hf2onnx build` that quantise.
+
+use clap::{Args, ValueEnum};
+
+use crate::error::Result;
+use crate::quantize;
+use crate::recipe::{Changes, Recipe};
+
+/// How matrices are quantised.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Quantisation")]
+pub(super) struct QuantizationOptions {
+    /// Quantise matrices: int8, int4, int2, or a preset: q4 (small and fast), q4-mixed (the head in 8 bits)
+    #[arg(long, value_name = "SCHEME")]
+    quant: Option<String>,
+    /// Another scheme for some matrices, the last match wins: 'lm_head=int8', 'layers.{0,-1}.*=int8', '*.down_proj=float'
+    #[arg(long, value_name = "PATTERN=SCHEME", requires = "quant")]
+    quant_rule: Vec<String>,
+    /// Weights that share a scale: 16, 32, 64, 128 or 256 of a row [default: the scheme's]
+    #[arg(long, value_name = "N", requires = "quant")]
+    block_size: Option<usize>,
+    /// Without zero points, or with them [default: the scheme's]
+    #[arg(long, value_enum, requires = "quant")]
+    zero_points: Option<ZeroPoints>,
+    /// How scales are found [default: search, and nearest for 8 bits]
+    #[arg(long, value_enum, requires = "quant")]
+    quant_algorithm: Option<Algorithm>,
+    /// Type of the scales
+    #[arg(long, value_enum, requires = "quant")]
+    quant_scales: Option<Scales>,
+    /// How products are computed: 0 open, 1 float32, 4 with 8-bit activations, the fastest on CPUs [default: 4]
+    #[arg(long, value_name = "LEVEL", requires = "quant")]
+    accuracy_level: Option<i64>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum ZeroPoints {
+    /// Symmetric: none are stored
+    No,
+    /// Asymmetric: one for each block
+    Yes,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Algorithm {
+    /// The largest magnitude of a block decides
+    Nearest,
+    /// The scale of the least squared error
+    Search,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Scales {
+    /// float32
+    F32,
+    /// float16: a smaller file; kernels that want float32 get it when the model loads
+    F16,
+}
+
+impl QuantizationOptions {
+    /// The recipe, if one was asked for.
+    pub(super) fn recipe(&self) -> Result<Option<Recipe>> {
+        let changes = Changes {
+            block_size: self.block_size,
+            symmetric: self.zero_points.map(|zero_points| zero_points == ZeroPoints::No),
+            algorithm: self.quant_algorithm.map(|algorithm| match algorithm {
+                Algorithm::Nearest => quantize::Algorithm::Nearest,
+                Algorithm::Search => quantize::Algorithm::Search,
+            }),
+            scales: self.quant_scales.map(|scales| match scales {
+                Scales::F32 => quantize::ScaleType::Float32,
+                Scales::F16 => quantize::ScaleType::Float16,
+            }),
+            accuracy_level: self.accuracy_level,
+            rules: self.quant_rule.clone(),
+        };
+        self.quant.as_ref().map(|name| Recipe::new(name, &changes)).transpose()
+    }
+}

@@ -1,0 +1,213 @@
+//! Matrices as small integers: products, tables and experts that read them, and floats made from them.
+
+use std::collections::BTreeMap;
+
+use super::onnx_graph::{Part, Quantized};
+use super::{Form, Lowerer, Operator};
+use crate::build::Model;
+use crate::element::ElementType;
+use crate::error::Result;
+use crate::graph::{Dim, Graph, Type, ValueId};
+use crate::quantize::{ScaleType, Scheme};
+use crate::weight::Weight;
+
+/// Which matrices a graph holds as integers.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Precision {
+    /// By parameter.
+    pub schemes: BTreeMap<String, Scheme>,
+    /// `accuracy_level` of `MatMulNBits`: 4 quantises activations to 8 bits, 1 computes in float32, 0 leaves it open.
+    pub accuracy_level: i64,
+}
+
+/// The initializers of a quantised matrix `[.., N, K]`.
+pub(super) struct Integers {
+    pub(super) data: ValueId,
+    /// `[.., N, blocks]`
+    pub(super) scales: ValueId,
+    /// `[.., N, bytes]`
+    pub(super) zero_points: Option<ValueId>,
+}
+
+/// How the integers of a matrix are laid out.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Layout {
+    /// `[.., N, blocks, block bytes]`
+    Blocks,
+    /// `[.., N, blocks * block bytes]`
+    Rows,
+    /// `[.., N, K]` of signed integers
+    Signed,
+}
+
+impl Lowerer<'_> {
+    /// The scheme of a parameter, if it is quantised.
+    pub(super) fn scheme(&self, name: &str) -> Option<Scheme> {
+        self.options.precision.and_then(|precision| precision.schemes.get(name)).copied()
+    }
+
+    /// The initializers of a matrix `[.., N, K]` that is made from parameters.
+    pub(super) fn integers(
+        &mut self,
+        name: &str,
+        shape: &[usize],
+        scheme: &Scheme,
+        weight: &Weight,
+        layout: Layout,
+    ) -> Integers {
+        let (columns, rows) = shape.split_last().map_or((1, shape), |(columns, rows)| (*columns, rows));
+        let (blocks, row_bytes) = (scheme.blocks(columns), scheme.row_bytes(columns));
+        let mut of = |suffix: &str, element, part, last: &[usize]| {
+            let ty = Type::new(element, rows.iter().chain(last).copied().map(Dim::from));
+            let quantized = Quantized { scheme: *scheme, part, weight: weight.clone() };
+            self.e.quantized(&format!("{name}.{suffix}"), ty, quantized)
+        };
+        let bits = scheme.bits();
+        let scale = match scheme.scales() {
+            ScaleType::Float32 => ElementType::F32,
+            ScaleType::Float16 => ElementType::F16,
+            ScaleType::BFloat16 => ElementType::BF16,
+        };
+        let data = match layout {
+            Layout::Blocks => {
+                let block = [blocks, row_bytes / blocks.max(1)];
+                of(&format!("int{bits}"), ElementType::U8, Part::Data, &block)
+            }
+            Layout::Rows => of(&format!("int{bits}.rows"), ElementType::U8, Part::Data, &[row_bytes]),
+            Layout::Signed => {
+                let element = if bits == 4 { ElementType::I4 } else { ElementType::I8 };
+                of(&format!("int{bits}.signed"), element, Part::SignedData, &[columns])
+            }
+        };
+        let scales = of("scales", scale, Part::Scales, &[blocks]);
+        let zero_bytes = scheme.row_zero_bytes(columns);
+        let zero_points =
+            (!scheme.is_symmetric()).then(|| of("zero_points", ElementType::U8, Part::ZeroPoints, &[zero_bytes]));
+        Integers { data, scales, zero_points }
+    }
+
+    /// `x · weightᵀ + bias` with a quantised weight; none if the weight is not quantised, or not for this target.
+    pub(super) fn quantized_linear(&mut self, model: &Graph<Model>, ids: &[ValueId]) -> Result<Option<ValueId>> {
+        let [x, weight, bias @ ..] = ids else { return Ok(None) };
+        let (name, shape) = named(model, *weight);
+        let Some(scheme) = self.scheme(&name) else { return Ok(None) };
+        let form = self.first_form("quantized_linear", |s, form| match form {
+            "MatMulNBits" => {
+                s.matmul_nbits(model, (*x, bias.first().copied()), (&name, &shape), &scheme).map(Form::Done)
+            }
+            // Floats are made from the integers, and then it is like any other.
+            _ => Ok(Form::Done(None)),
+        })?;
+        Ok(form)
+    }
+
+    fn matmul_nbits(
+        &mut self,
+        model: &Graph<Model>,
+        (x, bias): (ValueId, Option<ValueId>),
+        (name, shape): (&str, &[usize]),
+        scheme: &Scheme,
+    ) -> Result<Option<ValueId>> {
+        let &[rows, columns] = shape else { return Ok(None) };
+        let x = self.value(model, x)?;
+        let bias = bias.map(|bias| self.value(model, bias)).transpose()?;
+        let parts = self.integers(name, shape, scheme, &Weight::source(name), Layout::Blocks);
+        let accuracy = self.options.precision.map_or(0, |precision| precision.accuracy_level);
+        let op = Operator::microsoft("MatMulNBits")
+            .size("K", columns)
+            .size("N", rows)
+            .int("bits", scheme.bits().into())
+            .size("block_size", scheme.block_size())
+            .int("accuracy_level", accuracy);
+        let element = self.e.ty(x).element;
+        let scales = self.e.cast(parts.scales, element)?;
+        let mut operands = vec![Some(x), Some(parts.data), Some(scales), parts.zero_points, None, bias];
+        while operands.last() == Some(&None) {
+            operands.pop();
+        }
+        let [y] = self.e.call(op, &operands, [true])?;
+        Ok(Some(y))
+    }
+
+    /// Rows of a quantised table; none if the table is not quantised, or not for this target.
+    pub(super) fn quantized_embed(&mut self, model: &Graph<Model>, ids: &[ValueId]) -> Result<Option<ValueId>> {
+        let &[ids, table] = ids else { return Ok(None) };
+        let (name, shape) = named(model, table);
+        let Some(scheme) = self.scheme(&name) else { return Ok(None) };
+        self.first_form("quantized_embed", |s, form| match form {
+            "GatherBlockQuantized" if !matches!(scheme.bits(), 4 | 8) => {
+                Ok(Form::Refused(format!("the operator reads 4 and 8 bits, and not {}", scheme.bits())))
+            }
+            "GatherBlockQuantized" => s.gather_quantized(model, ids, (&name, &shape), &scheme).map(Form::Done),
+            _ => Ok(Form::Done(None)),
+        })
+    }
+
+    fn gather_quantized(
+        &mut self,
+        model: &Graph<Model>,
+        ids: ValueId,
+        (name, shape): (&str, &[usize]),
+        scheme: &Scheme,
+    ) -> Result<Option<ValueId>> {
+        let &[_, columns] = shape else { return Ok(None) };
+        let ids = self.value(model, ids)?;
+        let parts = self.integers(name, shape, scheme, &Weight::source(name), Layout::Rows);
+        let op = Operator::microsoft("GatherBlockQuantized")
+            .int("bits", scheme.bits().into())
+            .size("block_size", scheme.block_size())
+            .int("gather_axis", 0)
+            .int("quantize_axis", 1);
+        let compute = self.compute();
+        let scales = self.e.cast(parts.scales, compute)?;
+        let mut operands = vec![Some(parts.data), Some(ids), Some(scales)];
+        operands.extend(parts.zero_points.map(Some));
+        let [rows] = self.e.call(op, &operands, [true])?;
+        if columns.is_multiple_of(scheme.block_size()) {
+            return Ok(Some(rows));
+        }
+        // [B, S, whole blocks] -> [B, S, K]: the last block is filled up.
+        let (start, axis) = (self.e.ints(&[0]), self.e.ints(&[2]));
+        let end = self.e.ints(&[i64::try_from(columns).unwrap_or(i64::MAX)]);
+        self.e.add(Operator::new("Slice"), &[rows, start, end, axis]).map(Some)
+    }
+
+    /// A quantised matrix made floats in the graph; none if it is not quantised, or if the target has no way.
+    pub(super) fn dequantized(&mut self, model: &Graph<Model>, id: ValueId) -> Result<Option<ValueId>> {
+        let (name, shape) = named(model, id);
+        let Some(scheme) = self.scheme(&name) else { return Ok(None) };
+        self.first_form("dequantize", |s, form| {
+            if form != "DequantizeLinear" {
+                return Ok(Form::Done(None));
+            }
+            let refusal = match shape.last() {
+                Some(columns) if !columns.is_multiple_of(scheme.block_size()) => {
+                    format!("{columns} columns are no whole number of blocks of {}", scheme.block_size())
+                }
+                _ if scheme.bits() == 2 => "the operator reads no 2 bits in this opset".to_owned(),
+                _ if !scheme.is_symmetric() => {
+                    "zero points have another layout there: use a symmetric scheme".to_owned()
+                }
+                _ => return s.dequantize_linear(&name, &shape, &scheme).map(|value| Form::Done(Some(value))),
+            };
+            Ok(Form::Refused(refusal))
+        })
+    }
+
+    fn dequantize_linear(&mut self, name: &str, shape: &[usize], scheme: &Scheme) -> Result<ValueId> {
+        let parts = self.integers(name, shape, scheme, &Weight::source(name), Layout::Signed);
+        let op = Operator::new("DequantizeLinear")
+            .size("axis", shape.len().saturating_sub(1))
+            .size("block_size", scheme.block_size());
+        let compute = self.compute();
+        let scales = self.e.cast(parts.scales, compute)?;
+        self.e.add(op, &[parts.data, scales])
+    }
+}
+
+/// Name and fixed shape of a parameter.
+pub(super) fn named(model: &Graph<Model>, id: ValueId) -> (String, Vec<usize>) {
+    let value = model.value(id);
+    let size = |dim: &Dim| dim.value().and_then(|size| usize::try_from(size).ok()).unwrap_or(0);
+    (value.name.clone(), value.ty.shape.iter().map(size).collect())
+}

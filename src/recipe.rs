@@ -1,0 +1,308 @@
+//! Recipes: which matrices of a model are quantised, and how.
+//!
+//! A recipe is a name, such as `int4` or `q4-mixed`, and rules for single matrices, of which the last that matches
+//! wins. Routers, norms, biases and everything that is computed in full precision stay floats.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use globset::{GlobBuilder, GlobMatcher};
+use serde::Serialize;
+
+use crate::bind::Plan;
+use crate::build::{Composite, Kind, Model};
+use crate::error::{Code, Error, Result};
+use crate::graph::{Dim, Graph, Source};
+use crate::lower::{Part, Precision};
+use crate::quantize::{Algorithm, ScaleType, Scheme};
+
+/// How the matrices of a model are quantised.
+#[derive(Debug, Clone)]
+pub struct Recipe {
+    name: String,
+    rules: Vec<Rule>,
+    accuracy_level: i64,
+}
+
+/// One line of a recipe: matrices of these names, as this; as they are without a scheme.
+#[derive(Debug, Clone)]
+struct Rule {
+    pattern: String,
+    matcher: GlobMatcher,
+    scheme: Option<Scheme>,
+}
+
+/// What a user may change of a recipe.
+#[derive(Debug, Clone, Default)]
+pub struct Changes {
+    /// Columns of a block.
+    pub block_size: Option<usize>,
+    /// Without zero points, or with them.
+    pub symmetric: Option<bool>,
+    /// How scales are found.
+    pub algorithm: Option<Algorithm>,
+    /// How scales are stored.
+    pub scales: Option<ScaleType>,
+    /// `accuracy_level` of `MatMulNBits`.
+    pub accuracy_level: Option<i64>,
+    /// `PATTERN=SCHEME`, in order.
+    pub rules: Vec<String>,
+}
+
+/// The names that `--quant` takes, with what they mean: pattern, bits, symmetric, block.
+const RECIPES: [(&str, &[(&str, u8, bool, usize)]); 5] = [
+    ("int2", &[("*", 2, false, 32), ("{embed_tokens*,lm_head}", 4, true, 32)]),
+    ("int4", &[("*", 4, true, 32)]),
+    ("int8", &[("*", 8, true, 32)]),
+    // Large blocks are what decodes fastest: nearly all the time goes into reading weights.
+    ("q4", &[("*", 4, true, 128)]),
+    // The head decides every token, and as a tied table it is also what every token starts from.
+    ("q4-mixed", &[("*", 4, false, 64), ("{embed_tokens*,lm_head}", 8, true, 64)]),
+];
+
+impl Recipe {
+    /// The names of all recipes.
+    pub fn names() -> impl Iterator<Item = &'static str> {
+        RECIPES.iter().map(|(name, _)| *name)
+    }
+
+    /// A recipe by its name, with a user's changes.
+    pub fn new(name: &str, changes: &Changes) -> Result<Self> {
+        let invalid = |found: String| {
+            let names: Vec<&str> = Self::names().collect();
+            Error::new(Code::UsageInvalid, "--quant").found(found).expected(format!("one of {}", names.join(", ")))
+        };
+        let (_, lines) = RECIPES.iter().find(|(known, _)| *known == name).ok_or_else(|| invalid(name.to_owned()))?;
+        let mut rules = Vec::new();
+        for (pattern, bits, symmetric, block) in *lines {
+            let algorithm = changes.algorithm.unwrap_or(default_algorithm(*bits));
+            let (block, symmetric) = (changes.block_size.unwrap_or(*block), changes.symmetric.unwrap_or(*symmetric));
+            let scheme = Scheme::new(*bits, symmetric, block, algorithm).map_err(invalid)?;
+            let scheme = scheme.with_scales(changes.scales.unwrap_or(ScaleType::Float32));
+            rules.push(Rule { pattern: (*pattern).to_owned(), matcher: glob(pattern)?, scheme: Some(scheme) });
+        }
+        for line in &changes.rules {
+            let (pattern, words) = line.rsplit_once('=').ok_or_else(|| bad_rule(line, "no `=`"))?;
+            let usual = rules.first().and_then(|rule| rule.scheme);
+            let scheme = parse_scheme(words, usual, changes).map_err(|reason| bad_rule(line, &reason))?;
+            rules.push(Rule { pattern: pattern.to_owned(), matcher: glob(pattern)?, scheme });
+        }
+        let accuracy_level = changes.accuracy_level.unwrap_or(4);
+        if !(0..=4).contains(&accuracy_level) {
+            return Err(Error::new(Code::UsageInvalid, "--accuracy-level").found(accuracy_level).expected("0 to 4"));
+        }
+        Ok(Self { name: name.to_owned(), rules, accuracy_level })
+    }
+
+    /// What consumers call such a model: the suffix of its file.
+    pub fn suffix(&self) -> &'static str {
+        match self.rules.first().and_then(|rule| rule.scheme).map(|scheme| scheme.bits()) {
+            Some(8) => "_int8",
+            Some(2) => "_q2",
+            _ => "_q4",
+        }
+    }
+
+    /// The matrices of a model that this recipe quantises.
+    pub fn precision(&self, model: &Graph<Model>) -> Precision {
+        let names = matrices(model);
+        let layers = names.iter().filter_map(|name| layer(name)).map(|(_, index, _)| index + 1).max().unwrap_or(0);
+        let schemes = names.into_iter().filter_map(|name| {
+            let scheme = self.scheme(&name, layers)?;
+            Some((name, scheme))
+        });
+        Precision { schemes: schemes.collect(), accuracy_level: self.accuracy_level }
+    }
+
+    /// The scheme of a parameter, by the last rule that matches one of its spellings.
+    fn scheme(&self, name: &str, layers: usize) -> Option<Scheme> {
+        let spellings = spellings(name, layers);
+        let matches = |rule: &&Rule| spellings.iter().any(|spelling| rule.matcher.is_match(spelling));
+        self.rules.iter().rfind(matches)?.scheme
+    }
+
+    /// What `hf2onnx.json` says of it.
+    pub fn record(&self, plan: &Plan) -> Quantization {
+        let mut matrices: BTreeMap<String, Counted> = BTreeMap::new();
+        for initializer in &plan.initializers {
+            if let Some((scheme, Part::Data | Part::SignedData)) = initializer.quantized {
+                let counted = matrices.entry(scheme.to_string()).or_default();
+                counted.matrices += 1;
+                counted.bytes += initializer.bytes();
+            }
+        }
+        let rule = |rule: &Rule| {
+            let scheme = rule.scheme.map_or("float".to_owned(), |scheme| scheme.to_string());
+            format!("{}: {scheme}", rule.pattern)
+        };
+        Quantization {
+            scheme: self.name.clone(),
+            rules: self.rules.iter().map(rule).collect(),
+            accuracy_level: self.accuracy_level,
+            matrices,
+        }
+    }
+}
+
+/// What was quantised.
+#[derive(Debug, Clone, Serialize)]
+pub struct Quantization {
+    /// The recipe.
+    pub scheme: String,
+    /// Its rules, of which the last that matches wins.
+    pub rules: Vec<String>,
+    /// `accuracy_level` of the products.
+    pub accuracy_level: i64,
+    /// How many matrices became what.
+    pub matrices: BTreeMap<String, Counted>,
+}
+
+/// Matrices of one scheme.
+#[derive(Debug, Clone, Copy, Default, Serialize)]
+pub struct Counted {
+    /// How many.
+    pub matrices: usize,
+    /// Bytes of their integers.
+    pub bytes: u64,
+}
+
+/// Eight bits are fine enough for the plain grid.
+fn default_algorithm(bits: u8) -> Algorithm {
+    if bits == 8 { Algorithm::Nearest } else { Algorithm::Search }
+}
+
+fn bad_rule(line: &str, reason: &str) -> Error {
+    Error::new(Code::UsageInvalid, "--quant-rule")
+        .found(format!("`{line}`: {reason}"))
+        .expected("PATTERN=SCHEME, such as lm_head=int8, layers.{0,-1}.*=int8-asym:64 or *.down_proj=float")
+}
+
+/// `float`, `int8`, `int4-asym`, `int4-sym:64`. What is not said is as in the usual scheme.
+fn parse_scheme(words: &str, usual: Option<Scheme>, changes: &Changes) -> Result<Option<Scheme>, String> {
+    if words == "float" {
+        return Ok(None);
+    }
+    let (words, block) = match words.split_once(':') {
+        Some((words, block)) => (words, block.parse().map_err(|_| format!("`{block}` is no block size"))?),
+        None => (words, usual.map_or(32, |scheme| scheme.block_size())),
+    };
+    let (bits, symmetry) = words.split_once('-').unwrap_or((words, ""));
+    let symmetric = match symmetry {
+        "" => usual.is_none_or(|scheme| scheme.is_symmetric()),
+        "sym" => true,
+        "asym" => false,
+        other => return Err(format!("`{other}` is neither sym nor asym")),
+    };
+    let bits = match bits {
+        "int2" => 2,
+        "int4" => 4,
+        "int8" => 8,
+        other => return Err(format!("`{other}` is none of int2, int4, int8 and float")),
+    };
+    let scheme = Scheme::new(bits, symmetric, block, changes.algorithm.unwrap_or(default_algorithm(bits)))?;
+    Ok(Some(scheme.with_scales(changes.scales.unwrap_or(ScaleType::Float32))))
+}
+
+fn glob(pattern: &str) -> Result<GlobMatcher> {
+    let glob = GlobBuilder::new(pattern).literal_separator(false).build();
+    glob.map(|glob| glob.compile_matcher()).map_err(|error| bad_rule(pattern, &error.to_string()))
+}
+
+/// Names of the matrices that products, tables and experts read, and that are computed in the usual precision.
+fn matrices(model: &Graph<Model>) -> BTreeSet<String> {
+    let mut names = BTreeSet::new();
+    for node in &model.nodes {
+        let operands: Vec<_> = match node.op {
+            Composite::Linear | Composite::Embed => node.inputs.iter().skip(1).take(1).flatten().collect(),
+            Composite::Moe(_) => node.inputs.iter().flatten().collect(),
+            _ => continue,
+        };
+        for id in operands {
+            let value = model.value(*id);
+            let shape: Vec<i64> = value.ty.shape.iter().filter_map(Dim::value).collect();
+            // One row is a gate for the whole layer: small, and it decides much.
+            let matrix = shape.len() >= 2 && shape.iter().rev().nth(1).is_some_and(|rows| *rows > 1);
+            if matrix && value.ty.element == Kind::Real && matches!(value.source, Source::Literal(_)) {
+                names.insert(value.name.clone());
+            }
+        }
+    }
+    names
+}
+
+/// `model.layers.3.mlp.up_proj.weight` in its parts around the index.
+fn layer(name: &str) -> Option<(&str, usize, &str)> {
+    let (before, rest) = name.split_once("layers.")?;
+    let (index, after) = rest.split_once('.')?;
+    Some((before, index.parse().ok()?, after))
+}
+
+/// The ways to name a parameter: with and without `model.` and `.weight`, layers counted from either end.
+fn spellings(name: &str, layers: usize) -> Vec<String> {
+    let mut all = vec![name.to_owned()];
+    if let Some((before, index, after)) = layer(name).filter(|(_, index, _)| *index < layers) {
+        all.push(format!("{before}layers.-{}.{after}", layers - index));
+    }
+    let shorter = |names: &[String], cut: &dyn Fn(&str) -> Option<String>| -> Vec<String> {
+        names.iter().filter_map(|name| cut(name)).collect()
+    };
+    all.extend(shorter(&all.clone(), &|name| name.strip_prefix("model.").map(str::to_owned)));
+    all.extend(shorter(&all.clone(), &|name| name.strip_suffix(".weight").map(str::to_owned)));
+    all
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn bits(recipe: &Recipe, name: &str) -> Option<(u8, bool, usize)> {
+        recipe.scheme(name, 4).map(|scheme| (scheme.bits(), scheme.is_symmetric(), scheme.block_size()))
+    }
+
+    #[test]
+    fn the_last_rule_that_matches_wins() {
+        let rules = ["layers.{0,-1}.*=int8", "*.down_proj=float", "model.layers.2.mlp.up_proj.weight=int2-asym:16"];
+        let changes = Changes { rules: rules.map(str::to_owned).into(), ..Changes::default() };
+        let recipe = Recipe::new("q4", &changes).unwrap();
+        assert_eq!(bits(&recipe, "model.layers.1.mlp.up_proj.weight"), Some((4, true, 128)));
+        assert_eq!(bits(&recipe, "model.layers.0.mlp.up_proj.weight"), Some((8, true, 128)));
+        assert_eq!(
+            bits(&recipe, "model.layers.3.self_attn.q_proj.weight"),
+            Some((8, true, 128)),
+            "counted from the end"
+        );
+        assert_eq!(bits(&recipe, "model.layers.3.mlp.down_proj.weight"), None);
+        assert_eq!(bits(&recipe, "model.layers.2.mlp.up_proj.weight"), Some((2, false, 16)));
+        assert_eq!(recipe.suffix(), "_q4");
+    }
+
+    #[test]
+    fn presets_and_changes() {
+        let mixed = Recipe::new("q4-mixed", &Changes::default()).unwrap();
+        assert_eq!(bits(&mixed, "lm_head.weight"), Some((8, true, 64)));
+        assert_eq!(bits(&mixed, "model.embed_tokens.weight"), Some((8, true, 64)));
+        assert_eq!(bits(&mixed, "model.layers.1.mlp.up_proj.weight"), Some((4, false, 64)));
+        let changes = Changes { block_size: Some(16), symmetric: Some(false), ..Changes::default() };
+        assert_eq!(bits(&Recipe::new("int4", &changes).unwrap(), "lm_head.weight"), Some((4, false, 16)));
+        assert_eq!(Recipe::new("int8", &Changes::default()).unwrap().suffix(), "_int8");
+    }
+
+    #[test]
+    fn what_makes_no_sense() {
+        let with = |rule: &str| Changes { rules: vec![rule.to_owned()], ..Changes::default() };
+        for (name, changes, word) in [
+            ("int3", Changes::default(), "q4-mixed"),
+            ("int4", Changes { block_size: Some(48), ..Changes::default() }, "48"),
+            ("int4", with("lm_head"), "no `=`"),
+            ("int4", with("lm_head=int9"), "int9"),
+            ("int4", with("lm_head=int8-odd"), "odd"),
+            ("int4", with("lm_head=int8:x"), "block size"),
+            ("int4", with("{a=int8"), "{a"),
+            ("int4", Changes { accuracy_level: Some(5), ..Changes::default() }, "5"),
+        ] {
+            let error = Recipe::new(name, &changes).unwrap_err();
+            assert_eq!(error.code, Code::UsageInvalid);
+            assert!(error.to_string().contains(word), "{error}");
+        }
+    }
+}
