@@ -63,6 +63,7 @@ pub mod compile;
 pub mod describe;
 pub mod diff;
 pub mod element;
+pub mod encoding;
 pub mod error;
 pub mod generate;
 pub mod golden;

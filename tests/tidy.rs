@@ -15,6 +15,7 @@ const PIPELINE: [&str; 31] = [
     "stage",
     "interrupt",
     "element",
+    "encoding",
     "onnx",
     "opset",
     "weight",
