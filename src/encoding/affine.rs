@@ -114,9 +114,11 @@ pub fn affine(logical: &Logical) -> std::result::Result<Affine, String> {
 fn code_bits(logical: &Logical) -> std::result::Result<u8, String> {
     let (values, layout) = (logical.encoding.values, logical.encoding.layout);
     let bits = match (values, layout) {
-        (Values::Offset(bits) | Values::Signed(bits), _) => bits,
         (Values::Unsigned, Layout::Awq) => 4,
-        (Values::Unsigned, Layout::Rows { bits, .. } | Layout::Columns { bits } | Layout::Slices { bits, .. }) => bits,
+        (Values::Offset(bits) | Values::Signed(bits), _)
+        | (Values::Unsigned, Layout::Rows { bits, .. } | Layout::Columns { bits } | Layout::Slices { bits, .. }) => {
+            bits
+        }
         (Values::Unsigned, Layout::Bytes) => 8,
         _ => return Err("its codes are floats, not integers".to_owned()),
     };
@@ -156,7 +158,9 @@ pub fn affine_rows(
     };
     if let (Values::Signed(bits), Some(half)) = (logical.encoding.values, half) {
         let mask = if bits == 4 { 15 } else { 255 };
-        codes.iter_mut().for_each(|code| *code = code.wrapping_add(half) & mask);
+        for code in &mut codes {
+            *code = code.wrapping_add(half) & mask;
+        }
     }
     let blocks = columns.div_ceil(affine.block);
     let mut made = AffineRows { codes, scales: Vec::new(), zeros: Vec::new(), affine, columns };

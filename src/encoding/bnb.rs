@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value};
 
-use super::form::{Encoding, Index, Layout, Logical, Product, Scales, Values, Zeros};
+use super::form::{Index, Layout, Logical, Product, Scales, Values};
 use super::parts::{Role, Stored, corrupt, whole};
 use super::scan::{Scan, matrix, parts, plain, shaped};
 use super::settings::{Keys, Settings};
@@ -42,69 +42,76 @@ pub(super) fn recognise(scan: &mut Scan<'_>, settings: &Settings<'_>) -> Result<
     Ok(keys)
 }
 
+/// What the JSON beside a weight says of it.
+struct State {
+    shape: Vec<usize>,
+    count: usize,
+    block: usize,
+    dtype: ElementType,
+    /// Block and offset of quantised scales.
+    nested: Option<(usize, f32)>,
+}
+
+impl State {
+    fn read(scan: &Scan<'_>, tensor: &Stored) -> Result<Self> {
+        let settings = read_json(scan, tensor)?;
+        let wrong = |what: &str| corrupt(&tensor.name).found(format!("{settings:?}")).expected(what.to_owned());
+        let number = |value: &Value| value.as_u64().and_then(|size| usize::try_from(size).ok());
+        let size = |key: &str| settings.get(key).and_then(number).filter(|size| *size > 0);
+        let sizes = settings.get("shape").and_then(Value::as_array);
+        let shape: Option<Vec<usize>> = sizes.and_then(|sizes| sizes.iter().map(number).collect());
+        let shape =
+            shape.filter(|shape| shape.len() >= 2 && !shape.contains(&0)).ok_or_else(|| wrong("a matrix's shape"))?;
+        let count = shape.iter().try_fold(1usize, |n, size| n.checked_mul(*size));
+        let dtype = match settings.get("dtype").and_then(Value::as_str) {
+            Some("bfloat16") => ElementType::BF16,
+            Some("float16") => ElementType::F16,
+            Some("float32") => ElementType::F32,
+            _ => return Err(wrong("dtype float16, bfloat16 or float32")),
+        };
+        let nested = if settings.contains_key("nested_blocksize") {
+            let offset =
+                settings.get("nested_offset").and_then(Value::as_f64).ok_or_else(|| wrong("a nested_offset"))?;
+            Some((size("nested_blocksize").ok_or_else(|| wrong("a nested_blocksize"))?, single(offset)))
+        } else {
+            None
+        };
+        let count = count.ok_or_else(|| wrong("a shape that fits memory"))?;
+        Ok(Self { shape, count, block: size("blocksize").ok_or_else(|| wrong("a blocksize"))?, dtype, nested })
+    }
+}
+
 fn four_bits(scan: &mut Scan<'_>, name: &str, kind: &str) -> Result<()> {
-    let state = scan.need(&format!("{name}.quant_state.bitsandbytes__{kind}"), &[StoredType::U8])?;
-    let settings = read_state(scan, &state)?;
-    let wrong = |what: &str| corrupt(&state.name).found(format!("{settings:?}")).expected(what.to_owned());
-    let size = |value: Option<&Value>| value.and_then(Value::as_u64).and_then(|size| usize::try_from(size).ok());
-    let shape: Option<Vec<usize>> = settings
-        .get("shape")
-        .and_then(Value::as_array)
-        .map(|sizes| sizes.iter().filter_map(|s| size(Some(s))).collect());
-    let shape =
-        shape.filter(|shape| shape.len() >= 2 && !shape.contains(&0)).ok_or_else(|| wrong("the shape of a matrix"))?;
-    let count =
-        shape.iter().try_fold(1usize, |n, size| n.checked_mul(*size)).ok_or_else(|| wrong("a shape of this world"))?;
-    let block = size(settings.get("blocksize")).filter(|block| *block > 0).ok_or_else(|| wrong("a blocksize"))?;
-    let dtype = match settings.get("dtype").and_then(Value::as_str) {
-        Some("bfloat16") => ElementType::BF16,
-        Some("float16") => ElementType::F16,
-        Some("float32") => ElementType::F32,
-        _ => return Err(wrong("dtype float16, bfloat16 or float32")),
-    };
+    let tensor = scan.need(&format!("{name}.quant_state.bitsandbytes__{kind}"), &[StoredType::U8])?;
+    let State { shape, count, block, dtype, nested } = State::read(scan, &tensor)?;
     let codes = scan.need(name, STORAGE)?;
     if codes.bytes() != count.div_ceil(2) as u64 {
         return Err(corrupt(name)
             .found(format!("{} bytes", codes.bytes()))
             .expected(format!("{count} codes of 4 bits")));
     }
-    let nested = settings.contains_key("nested_blocksize");
-    let scales = scan.need(&format!("{name}.absmax"), if nested { &[StoredType::U8] } else { F32 })?;
+    let scales = scan.need(&format!("{name}.absmax"), if nested.is_some() { &[StoredType::U8] } else { F32 })?;
     let blocks = count.div_ceil(block);
     shaped(&scales, &[blocks])?;
     let table = scan.need(&format!("{name}.quant_map"), F32)?;
     shaped(&table, &[16])?;
     let mut made = parts([(Role::Codes, Some(codes)), (Role::Scales, Some(scales)), (Role::Table, Some(table))]);
     let mut computed = Scales::Plain;
-    if nested {
-        let inner = size(settings.get("nested_blocksize"))
-            .filter(|block| *block > 0)
-            .ok_or_else(|| wrong("a nested_blocksize"))?;
-        let offset = settings.get("nested_offset").and_then(Value::as_f64).ok_or_else(|| wrong("a nested_offset"))?;
-        computed = Scales::Nested { block: inner, offset: single(offset) };
+    if let Some((block, offset)) = nested {
+        computed = Scales::Nested { block, offset };
         let scales = scan.need(&format!("{name}.nested_absmax"), F32)?;
-        shaped(&scales, &[blocks.div_ceil(inner)])?;
+        shaped(&scales, &[blocks.div_ceil(block)])?;
         let table = scan.need(&format!("{name}.nested_quant_map"), F32)?;
         shaped(&table, &[256])?;
         made.extend(parts([(Role::NestedScales, Some(scales)), (Role::NestedTable, Some(table))]));
     }
-    scan.ignored
-        .push(super::scan::Ignored { name: state.name.clone(), reason: "read: it says shape, type and blocks" });
-    scan.made.push(Logical {
-        name: name.to_owned(),
-        shape,
-        dtype,
-        encoding: Encoding {
-            format: format!("bitsandbytes {kind}, blocks of {block}"),
-            layout: Layout::FlatHighFirst,
-            values: Values::Table,
-            index: Index::Flat { block },
-            scales: computed,
-            zeros: Zeros::None,
-            product: Product::Once(dtype),
-        },
-        parts: made,
-    });
+    scan.ignored.push(super::scan::Ignored { name: tensor.name, reason: "read: it says shape, type and blocks" });
+    let mut encoding = plain(format!("bitsandbytes {kind}, blocks of {block}"), Values::Table, dtype);
+    encoding.layout = Layout::FlatHighFirst;
+    encoding.index = Index::Flat { block };
+    encoding.scales = computed;
+    encoding.product = Product::Once(dtype);
+    scan.made.push(Logical { name: name.to_owned(), shape, dtype, encoding, parts: made });
     Ok(())
 }
 
@@ -115,7 +122,7 @@ fn single(value: f64) -> f32 {
 }
 
 /// A tensor that holds JSON as bytes.
-fn read_state(scan: &Scan<'_>, tensor: &Stored) -> Result<Map<String, Value>> {
+fn read_json(scan: &Scan<'_>, tensor: &Stored) -> Result<Map<String, Value>> {
     if tensor.bytes() > 1 << 16 {
         return Err(corrupt(&tensor.name).found(format!("{} bytes", tensor.bytes())).expected("a line of JSON"));
     }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde_json::Value;
 
-use super::form::{Index, Logical};
+use super::form::Logical;
 use super::parts::{Parts, Stored, corrupt};
 use super::scan::{Ignored, Scan};
 use super::settings::{Configs, Keys, Settings};
@@ -184,16 +184,13 @@ const PARTS: [&str; 20] = [
     "_blocks",
 ];
 
-/// No name twice, and every scale of a group that is as large as memory can hold.
+/// No name twice.
 fn distinct(weights: &[Logical], left: &BTreeMap<&str, &Stored>) -> Result<()> {
     for weight in weights {
         if left.contains_key(weight.name.as_str()) {
             return Err(corrupt(&weight.name)
                 .found("the weight twice: quantised and as it was")
                 .expected("each weight once"));
-        }
-        if weight.encoding.index == (Index::Flat { block: 0 }) {
-            return Err(corrupt(&weight.name).found("groups of 0"));
         }
     }
     for pair in weights.windows(2) {

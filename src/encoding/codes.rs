@@ -55,7 +55,7 @@ impl<'p> Codes<'p> {
                 unpack(self.after(row.saturating_mul(stride)), u32::from(bits), out);
             }
             Layout::RowPairs => {
-                let shift = if row % 2 == 0 { 0 } else { 4 };
+                let shift = if row.is_multiple_of(2) { 0 } else { 4 };
                 for (out, byte) in out.iter_mut().zip(self.after((row / 2).saturating_mul(self.columns))) {
                     *out = byte >> shift & 15;
                 }
@@ -63,7 +63,7 @@ impl<'p> Codes<'p> {
             Layout::FlatHighFirst => {
                 for (at, out) in (first..).zip(out) {
                     let byte = self.byte(at / 2);
-                    *out = if at % 2 == 0 { byte >> 4 } else { byte & 15 };
+                    *out = if at.is_multiple_of(2) { byte >> 4 } else { byte & 15 };
                 }
             }
             Layout::Slices { .. } => {
@@ -114,7 +114,7 @@ impl<'p> Codes<'p> {
                 let (expert, k) = (row / matrix, row % matrix);
                 let stored = expert.saturating_mul(self.columns).saturating_add(column);
                 let byte = self.byte(stored.saturating_mul(stride).saturating_add(k / 2));
-                *out = if k % 2 == 0 { byte & 15 } else { byte >> 4 };
+                *out = if k.is_multiple_of(2) { byte & 15 } else { byte >> 4 };
             }
         }
     }

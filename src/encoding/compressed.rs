@@ -41,7 +41,11 @@ struct Weights {
 }
 
 pub(super) fn recognise(scan: &mut Scan<'_>, settings: &Settings<'_>) -> Result<Keys> {
-    let keys = settings.account(&USED, &ABOUT)?;
+    let mut keys = settings.account(&USED, &ABOUT)?;
+    if quantises_inputs(settings) {
+        let reason = "weights only: activations stay float";
+        keys.without_effect.insert("config_groups.*.input_activations".to_owned(), reason.to_owned());
+    }
     let status = settings.text("quantization_status").unwrap_or("compressed");
     if !["compressed", "frozen"].contains(&status) {
         return Err(settings.bad("quantization_status", "compressed"));
@@ -66,6 +70,11 @@ pub(super) fn recognise(scan: &mut Scan<'_>, settings: &Settings<'_>) -> Result<
         }
     }
     Ok(keys)
+}
+
+fn quantises_inputs(settings: &Settings<'_>) -> bool {
+    let groups = settings.map.get("config_groups").and_then(Value::as_object);
+    groups.into_iter().flatten().any(|(_, group)| group.get("input_activations").is_some_and(Value::is_object))
 }
 
 fn contradiction(module: &str, ending: &str, reason: &str) -> Error {
@@ -270,7 +279,7 @@ fn bytes(
     format: &str,
     weights: &Weights,
 ) -> Result<Logical> {
-    if weights.bits != 8 && format != "naive-quantized" || weights.float && weights.bits != 8 {
+    if weights.bits != 8 && (weights.float || format != "naive-quantized") {
         return Err(settings.bad("config_groups", &format!("8 bits in {format}")));
     }
     let types = if weights.float { E4M3 } else { &[StoredType::I8] };

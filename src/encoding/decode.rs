@@ -12,7 +12,7 @@ use crate::error::{Code, Error, Result};
 /// Rows that are decoded together; a line of memory holds as many 32-bit words.
 const PANEL: usize = 16;
 /// 1 / 127 as bitsandbytes writes it.
-pub(super) const OVER_127: f32 = 7.874_015_718_698_502e-3;
+pub(super) const OVER_127: f32 = 7.874_016e-3;
 
 /// Decodes rows of a logical tensor (all axes but the last, counted together) to float32 values, row after row.
 ///
@@ -263,6 +263,7 @@ fn table<'p>(values: Values, stored: impl FnOnce() -> Result<Numbers<'p>>) -> Re
             (0..count).map(|code| f32::from(i16::try_from(code).unwrap_or(0) - half)).collect()
         }
         Values::E2M1 => values::E2M1.to_vec(),
+        Values::E2M1OneZero => values::E2M1_ONE_ZERO.to_vec(),
         Values::E4M3 => bytes().map(values::e4m3).collect(),
         Values::E5M2 => bytes().map(values::e5m2).collect(),
         Values::Table => {

@@ -114,6 +114,8 @@ pub enum Values {
     Offset(u8),
     /// A 4-bit float with two exponent bits.
     E2M1,
+    /// The same, with one zero instead of two.
+    E2M1OneZero,
     /// An 8-bit float with four exponent bits.
     E4M3,
     /// An 8-bit float with five exponent bits.

@@ -9,9 +9,9 @@ use super::settings::{Keys, Settings, excluded};
 use crate::element::StoredType;
 use crate::error::{Code, Error, Result};
 
-/// Activations are quantised on the fly by these settings.
+/// Which modules; the stored tensors say it too.
 const LEFT_OUT: [&str; 4] = ["modules_to_not_convert", "ignored_layers", "modules_to_convert", "dequantize"];
-const ABOUT: [&str; 4] = ["activation_scheme", "fmt", "activation_scale_ub", "use_fbgemm"];
+const ABOUT: [&str; 2] = ["fmt", "use_fbgemm"];
 const SCALES: &[StoredType] = &[StoredType::F32, StoredType::BF16, StoredType::F16, StoredType::U8, StoredType::F8E8M0];
 
 /// FP8 with scales of blocks; the true grid has full blocks and a short one at each edge.

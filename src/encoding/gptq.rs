@@ -3,15 +3,15 @@
 use fancy_regex::Regex;
 use serde_json::{Map, Value};
 
-use super::form::{Encoding, Index, Layout, Logical, Product, Scales, Values, Zeros};
+use super::form::{Index, Layout, Logical, Values, Zeros};
 use super::parts::{Role, Stored, corrupt, whole, window};
-use super::scan::{FLOATS, Scan, WORDS, group, matrix, parts, shaped};
+use super::scan::{FLOATS, Scan, WORDS, group, matrix, parts, plain, shaped};
 use super::settings::{Keys, Settings, bad, excluded, matches, pattern, size};
 use crate::element::ElementType;
 use crate::error::{Code, Error, Result};
 
 /// Keys that say how the weights are stored.
-const USED: [&str; 14] = [
+const USED: [&str; 15] = [
     "bits",
     "group_size",
     "sym",
@@ -26,9 +26,10 @@ const USED: [&str; 14] = [
     "packing_format",
     "lm_head",
     "extra_config",
+    "data_type",
 ];
 /// Keys of how the quantisation was found.
-const ABOUT: [&str; 60] = [
+const ABOUT: [&str; 53] = [
     "damp_percent",
     "damp_auto_increment",
     "true_sequential",
@@ -47,8 +48,6 @@ const ABOUT: [&str; 60] = [
     "module_name_preceding_first_block",
     "batch_size",
     "pad_token_id",
-    "is_marlin_format",
-    "data_type",
     "autoround_version",
     "iters",
     "lr",
@@ -75,12 +74,7 @@ const ABOUT: [&str; 60] = [
     "act_sym",
     "act_dynamic",
     "act_data_type",
-    "super_bits",
-    "super_group_size",
     "use_cuda_fp16",
-    "hyb_act",
-    "lm_head_bits",
-    "rotation",
     "failsafe",
     "fallback",
     "offload_to_disk",
@@ -110,6 +104,7 @@ pub(super) fn recognise(scan: &mut Scan<'_>, settings: &Settings<'_>) -> Result<
         _ if rounds => true,
         _ => return Err(settings.bad("checkpoint_format", "gptq or gptq_v2: other packings are of one kernel only")),
     };
+    plain_integers(settings)?;
     if settings.text("pack_dtype").is_some_and(|dtype| dtype != "int32") {
         return Err(settings.bad("pack_dtype", "int32"));
     }
@@ -125,6 +120,14 @@ pub(super) fn recognise(scan: &mut Scan<'_>, settings: &Settings<'_>) -> Result<
         one(scan, settings, &module, here, (name, version_one))?;
     }
     Ok(keys)
+}
+
+/// auto-round names the type; only integers are packed as they are here.
+fn plain_integers(settings: &Settings<'_>) -> Result<()> {
+    match settings.text("data_type") {
+        None | Some("int") => Ok(()),
+        Some(_) => Err(settings.bad("data_type", "int")),
+    }
 }
 
 /// Overrides of single modules.
@@ -229,19 +232,15 @@ fn one(scan: &mut Scan<'_>, settings: &Settings<'_>, module: &str, here: Module,
             .push(super::scan::Ignored { name: order.name.clone(), reason: "it says the order of the columns itself" });
     }
     let to = super::decode::float(scales.dtype).unwrap_or(ElementType::F32);
+    let mut encoding = plain(format!("{name}, {bits} bits, {}", groups_of(size, columns)), Values::Unsigned, to);
+    encoding.layout = Layout::Columns { bits };
+    encoding.index = if ordered { Index::Ordered } else { Index::Transposed { group: size } };
+    encoding.zeros = Zeros::Columns { bits, less_one };
     scan.made.push(Logical {
         name: format!("{module}.weight"),
         shape: vec![rows, columns],
         dtype: to,
-        encoding: Encoding {
-            format: format!("{name}, {bits} bits, {}", groups_of(size, columns)),
-            layout: Layout::Columns { bits },
-            values: Values::Unsigned,
-            index: if ordered { Index::Ordered } else { Index::Transposed { group: size } },
-            scales: Scales::Plain,
-            zeros: Zeros::Columns { bits, less_one },
-            product: Product::Rounded(to),
-        },
+        encoding,
         parts: parts([
             (Role::Codes, Some(codes)),
             (Role::Scales, Some(scales)),
@@ -301,6 +300,7 @@ fn stored_less_one(scan: &mut Scan<'_>, zeros: &Stored, bits: u8, says: bool) ->
 /// AWQ, or auto-round packed like it.
 pub(super) fn recognise_awq(scan: &mut Scan<'_>, settings: &Settings<'_>) -> Result<Keys> {
     let keys = settings.account(&USED, &ABOUT)?;
+    plain_integers(settings)?;
     let version = settings.text("version").or_else(|| settings.text("format")).unwrap_or("gemm").to_lowercase();
     if version != "gemm" && !settings.method.contains("round") {
         return Err(settings.bad("version", "gemm: the other packings are of one kernel only"));
@@ -325,19 +325,15 @@ pub(super) fn recognise_awq(scan: &mut Scan<'_>, settings: &Settings<'_>) -> Res
         let zeros = scan.need(&format!("{module}.qzeros"), WORDS)?;
         shaped(&zeros, &[groups, words])?;
         let to = super::decode::float(scales.dtype).unwrap_or(ElementType::F32);
+        let mut encoding = plain(format!("awq, 4 bits, {}", groups_of(size, columns)), Values::Unsigned, to);
+        encoding.layout = Layout::Awq;
+        encoding.index = Index::Transposed { group: size };
+        encoding.zeros = Zeros::Awq;
         scan.made.push(Logical {
             name: format!("{module}.weight"),
             shape: vec![rows, columns],
             dtype: to,
-            encoding: Encoding {
-                format: format!("awq, 4 bits, {}", groups_of(size, columns)),
-                layout: Layout::Awq,
-                values: Values::Unsigned,
-                index: Index::Transposed { group: size },
-                scales: Scales::Plain,
-                zeros: Zeros::Awq,
-                product: Product::Rounded(to),
-            },
+            encoding,
             parts: parts([(Role::Codes, Some(codes)), (Role::Scales, Some(scales)), (Role::Zeros, Some(zeros))]),
         });
     }

@@ -5,6 +5,8 @@
 //! library computes; [`affine_rows`] gives its integers, scales and zero points where it has them. Both are pure, read
 //! only what they need through [`Parts`], and can be called for different rows at the same time.
 //!
+//! Weights only: settings that quantise activations or the cache are listed, and the computation stays in float.
+//!
 //! Every format is described in one form, [`Encoding`]: where codes stand, what they mean, which scale they have, and in
 //! which type the product is rounded. A format is a recogniser that writes this form; nothing else knows its name.
 

@@ -104,7 +104,7 @@ fn nvfp4(scan: &mut Scan<'_>, module: &str, algorithm: &str) -> Result<Logical> 
     if global.count() != 1 {
         shaped(&global, &[])?;
     }
-    let mut encoding = plain(format!("modelopt {algorithm}, blocks of 16"), Values::E2M1, scan.dtype);
+    let mut encoding = plain(format!("modelopt {algorithm}, blocks of 16"), Values::E2M1OneZero, scan.dtype);
     encoding.layout = Layout::Rows { bits: 4, stride };
     encoding.index = grid(&scales, &[rows, columns], (1, 16))?;
     encoding.scales = Scales::TimesGlobal;

@@ -12,7 +12,7 @@ use crate::error::{Code, Error, Result};
 pub struct Configs<'a> {
     /// config.json.
     pub config: &'a Map<String, Value>,
-    /// `quantize_config.json` of AutoGPTQ, where there is one.
+    /// `quantize_config.json` of `AutoGPTQ`, where there is one.
     pub quantize_config: Option<&'a Map<String, Value>>,
     /// `hf_quant_config.json` of `ModelOpt`, where there is one.
     pub hf_quant_config: Option<&'a Map<String, Value>>,
@@ -86,7 +86,7 @@ impl<'a> Settings<'a> {
                 ABOUT
             } else if name.contains("activation") || name.contains("kv_cache") {
                 ACTIVATIONS
-            } else if unset(value) {
+            } else if unset(value) || dense(value) {
                 "not set"
             } else {
                 return Err(Error::new(Code::ConfigUnusedKey, format!("{}: {key}", self.source))
@@ -143,6 +143,11 @@ fn unset(value: &Value) -> bool {
         Value::String(text) => text.is_empty(),
         _ => false,
     }
+}
+
+/// compressed-tensors writes a `sparsity_config` that says that there is none.
+fn dense(value: &Value) -> bool {
+    value.get("format").and_then(Value::as_str) == Some("dense")
 }
 
 fn method(map: &Map<String, Value>) -> Option<String> {

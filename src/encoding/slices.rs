@@ -3,9 +3,9 @@
 use serde_json::Value;
 
 use super::decode::float;
-use super::form::{Encoding, Index, Layout, Logical, Product, Scales, Values, Zeros};
+use super::form::{Index, Layout, Logical, Product, Values, Zeros};
 use super::parts::{Role, Stored, corrupt, whole};
-use super::scan::{ACTIVATION, FLOATS, Scan, grid, matrix, parts, plain};
+use super::scan::{ACTIVATION, FLOATS, Scan, grid, matrix, parts, plain, shaped};
 use super::settings::{Keys, Settings};
 use crate::element::{ElementType, StoredType};
 use crate::error::{Code, Error, Result};
@@ -88,53 +88,71 @@ impl Meta<'_, '_> {
     }
 }
 
+/// What HQQ's settings of a layer say, checked.
+struct Layer {
+    rows: usize,
+    columns: usize,
+    bits: u8,
+    size: usize,
+    axis: usize,
+    to: ElementType,
+    /// Bytes of an item, and codes in it.
+    item: usize,
+    slices: usize,
+}
+
+impl Layer {
+    fn read(scan: &Scan<'_>, module: &str) -> Result<Self> {
+        let meta = Meta { scan, module };
+        let wrong = |found: String, expected: &str| {
+            corrupt(&format!("{module}.W_q")).found(found).expected(expected.to_owned())
+        };
+        for flag in ["quant_scale", "quant_zero", "view_as_float"] {
+            if meta.number(flag)? != 0 {
+                return Err(Error::new(Code::QuantizationUnsupported, format!("tensor {module}.{flag}"))
+                    .found("quantised scales or zeros, or codes stored as floats")
+                    .expected("plain scales, zeros and codes")
+                    .help("quantise again with HQQ's present defaults"));
+            }
+        }
+        let (size, axis) = (meta.number("group_size")?, meta.number("axis")?);
+        let (rows, columns) = meta.sizes()?;
+        let to = match meta.text("compute_dtype")?.trim_start_matches("torch.") {
+            "float16" => ElementType::F16,
+            "bfloat16" => ElementType::BF16,
+            "float32" => ElementType::F32,
+            other => return Err(wrong(format!("compute_dtype {other}"), "float16, bfloat16 or float32")),
+        };
+        let (bits, item, slices) = match (meta.number("nbits")?, meta.text("packing")?.as_str()) {
+            (8, "8bit_u8") => (8u8, 1, 1),
+            (4, "4bit_u8") => (4, 1, 2),
+            (3, "3bit_32") => (3, 4, 10),
+            (2, "2bit_u8") => (2, 1, 4),
+            (1, "1bit_u8") => (1, 1, 8),
+            (bits, packing) => {
+                return Err(wrong(format!("{bits} bits packed as {packing}"), "1, 2, 3, 4 or 8 bits in HQQ's packing"));
+            }
+        };
+        let divides = rows.checked_mul(columns).is_some_and(|count| size > 0 && count.is_multiple_of(size));
+        if !divides || axis > 1 {
+            let expected = "a size that divides the matrix, along axis 0 or 1";
+            return Err(wrong(format!("groups of {size} along axis {axis} of {rows} x {columns}"), expected));
+        }
+        Ok(Self { rows, columns, bits, size, axis, to, item, slices })
+    }
+}
+
 fn hqq(scan: &mut Scan<'_>, module: &str) -> Result<()> {
-    let meta = Meta { scan, module };
-    let wrong =
-        |found: String, expected: &str| corrupt(&format!("{module}.W_q")).found(found).expected(expected.to_owned());
-    for flag in ["quant_scale", "quant_zero", "view_as_float"] {
-        if meta.number(flag)? != 0 {
-            return Err(Error::new(Code::QuantizationUnsupported, format!("tensor {module}.{flag}"))
-                .found("quantised scales or zeros, or codes stored as floats")
-                .expected("plain scales, zeros and codes")
-                .help("quantise again with HQQ's present defaults"));
-        }
-    }
-    let (bits, size, axis) = (meta.number("nbits")?, meta.number("group_size")?, meta.number("axis")?);
-    let (rows, columns) = meta.sizes()?;
-    let packing = meta.text("packing")?;
-    let to = match meta.text("compute_dtype")?.trim_start_matches("torch.") {
-        "float16" => ElementType::F16,
-        "bfloat16" => ElementType::BF16,
-        "float32" => ElementType::F32,
-        other => return Err(wrong(format!("compute_dtype {other}"), "float16, bfloat16 or float32")),
-    };
-    let (bits, item, slices) = match (bits, packing.as_str()) {
-        (8, "8bit_u8") => (8u8, 1, 1),
-        (4, "4bit_u8") => (4, 1, 2),
-        (3, "3bit_32") => (3, 4, 10),
-        (2, "2bit_u8") => (2, 1, 4),
-        (1, "1bit_u8") => (1, 1, 8),
-        _ => {
-            return Err(wrong(format!("{bits} bits packed as {packing}"), "1, 2, 3, 4 or 8 bits in HQQ's own packing"));
-        }
-    };
-    let count = rows.checked_mul(columns).ok_or_else(|| wrong("a huge shape".to_owned(), "one that fits memory"))?;
-    if size == 0 || !count.is_multiple_of(size) || axis > 1 {
-        return Err(wrong(
-            format!("groups of {size} along axis {axis}"),
-            "a size that divides the matrix, along axis 0 or 1",
-        ));
-    }
-    let groups = count / size;
+    let Layer { rows, columns, bits, size, axis, to, item, slices } = Layer::read(scan, module)?;
+    let groups = rows.saturating_mul(columns) / size.max(1);
     let (height, width) = if axis == 1 { (groups, size) } else { (size, groups) };
     let step = height.div_ceil(slices);
     let codes = scan.need(&format!("{module}.W_q"), &[if item == 4 { StoredType::I32 } else { StoredType::U8 }])?;
-    super::scan::shaped(&codes, &[step, width])?;
+    shaped(&codes, &[step, width])?;
     let shape = if axis == 1 { [groups, 1] } else { [1, groups] };
     let mut side = |name: &str| {
         let tensor = scan.need(&format!("{module}.{name}"), FLOATS)?;
-        super::scan::shaped(&tensor, &shape)?;
+        shaped(&tensor, &shape)?;
         // Each operand is rounded to the type that is computed in; another type would be rounded twice.
         if float(tensor.dtype) != Some(to) {
             return Err(corrupt(&tensor.name)
@@ -144,19 +162,15 @@ fn hqq(scan: &mut Scan<'_>, module: &str) -> Result<()> {
         Ok(tensor)
     };
     let (scales, zeros) = (side("scale")?, side("zero")?);
+    let mut encoding = plain(format!("hqq, {bits} bits, groups of {size} along axis {axis}"), Values::Unsigned, to);
+    encoding.layout = Layout::Slices { bits, item, step, width, slices, high_first: true };
+    encoding.index = if axis == 1 { Index::Flat { block: size } } else { Index::Cyclic { count: groups } };
+    encoding.zeros = Zeros::Stored;
     scan.made.push(Logical {
         name: format!("{module}.weight"),
         shape: vec![rows, columns],
         dtype: to,
-        encoding: Encoding {
-            format: format!("hqq, {bits} bits, groups of {size} along axis {axis}"),
-            layout: Layout::Slices { bits, item, step, width, slices, high_first: true },
-            values: Values::Unsigned,
-            index: if axis == 1 { Index::Flat { block: size } } else { Index::Cyclic { count: groups } },
-            scales: Scales::Plain,
-            zeros: Zeros::Stored,
-            product: Product::Rounded(to),
-        },
+        encoding,
         parts: parts([(Role::Codes, Some(codes)), (Role::Scales, Some(scales)), (Role::Zeros, Some(zeros))]),
     });
     Ok(())
@@ -210,30 +224,27 @@ fn quanto(scan: &mut Scan<'_>, module: &str, kind: Option<&str>, shapes: &Shapes
     let slices = usize::from(8 / bits);
     let height = count / width;
     if shape.len() != 2 || count == 0 || !count.is_multiple_of(width) || height.div_ceil(slices) != items {
-        return Err(super::scan::shaped(&codes, &[height.div_ceil(slices), width])
-            .err()
-            .unwrap_or_else(|| corrupt(&codes.name)));
+        return Err(shaped(&codes, &[height.div_ceil(slices), width]).err().unwrap_or_else(|| corrupt(&codes.name)));
     }
     for tensor in [&scales, &zeros] {
-        super::scan::shaped(tensor, &[height, 1])?;
+        shaped(tensor, &[height, 1])?;
     }
     let shifted = zeros.dtype != StoredType::I8;
     if shifted && float(zeros.dtype) != Some(to) {
         return Err(corrupt(&zeros.name).found(zeros.dtype).expected(format!("{to}, as the scales")));
     }
+    let mut encoding = plain(format!("quanto, {bits} bits, groups of {width}"), Values::Unsigned, to);
+    encoding.layout = Layout::Slices { bits, item: 1, step: items, width, slices, high_first: false };
+    encoding.index = Index::Flat { block: width };
+    encoding.zeros = Zeros::Stored;
+    if shifted {
+        encoding.product = Product::Shifted(to);
+    }
     scan.made.push(Logical {
         name,
         shape,
         dtype: to,
-        encoding: Encoding {
-            format: format!("quanto, {bits} bits, groups of {width}"),
-            layout: Layout::Slices { bits, item: 1, step: items, width, slices, high_first: false },
-            values: Values::Unsigned,
-            index: Index::Flat { block: width },
-            scales: Scales::Plain,
-            zeros: Zeros::Stored,
-            product: if shifted { Product::Shifted(to) } else { Product::Rounded(to) },
-        },
+        encoding,
         parts: parts([(Role::Codes, Some(codes)), (Role::Scales, Some(scales)), (Role::Zeros, Some(zeros))]),
     });
     Ok(())

@@ -8,6 +8,10 @@ use crate::element::ElementType;
 pub(super) const E2M1: [f32; 16] =
     [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0];
 
+/// The same as `ModelOpt` reads it: its table has no negative zero.
+pub(super) const E2M1_ONE_ZERO: [f32; 16] =
+    [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0];
+
 /// FP8 with four exponent bits, without infinities (`float8_e4m3fn`).
 pub(super) fn e4m3(byte: u8) -> f32 {
     let (exponent, fraction) = (byte >> 3 & 15, f32::from(byte & 7));
@@ -53,9 +57,13 @@ mod tests {
 
     #[test]
     fn small_floats() {
-        assert_eq!([0x00, 0x01, 0x08, 0x38, 0x7e, 0xb8].map(e4m3), [0.0, 0.001_953_125, 0.015_625, 1.0, 448.0, -1.0]);
+        let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
+        let eight = [0x00, 0x01, 0x08, 0x38, 0x7e, 0xb8].map(e4m3);
+        assert_eq!(bits(&eight), bits(&[0.0, 0.001_953_125, 0.015_625, 1.0, 448.0, -1.0]));
         assert!(e4m3(0x7f).is_nan() && e4m3(0xff).is_nan() && exponent(255).is_nan());
-        assert_eq!([0x3c, 0x7b, 0x01].map(e5m2), [1.0, 57344.0, 2f32.powi(-16)]);
-        assert_eq!([0, 1, 127, 254].map(exponent), [-127, -126, 0, 127].map(|n| 2f64.powi(n) as f32));
+        assert_eq!(bits(&[0x3c, 0x7b, 0x01].map(e5m2)), bits(&[1.0, 57344.0, power(-16)]));
+        let powers = [1, 127, 254].map(exponent);
+        assert_eq!(bits(&powers), bits(&[f32::MIN_POSITIVE, 1.0, power(127)]));
+        assert_eq!(bits(&[exponent(0) * 2.0]), bits(&[f32::MIN_POSITIVE]));
     }
 }
