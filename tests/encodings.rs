@@ -11,6 +11,8 @@ use common::quantized::{Repository, Tensor};
 use hf2onnx::element::StoredType;
 use hf2onnx::encoding::{Logical, affine, affine_rows, decode_rows, order};
 use hf2onnx::error::{Code, Error};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
 
 /// The bits of values; every NaN counts as the same.
@@ -292,5 +294,74 @@ fn a_file_that_shrinks_is_an_error() {
         }
         let weight = &catalogue.weights[0];
         assert!(decode_rows(weight, &case, 0..weight.rows() + 1).is_err());
+    }
+}
+
+#[test]
+fn what_is_not_read_is_named() {
+    for method in
+        ["aqlm", "vptq", "quip", "spqr", "higgs", "eetq", "bitnet", "torchao", "sinq", "quark", "metal", "unheard_of"]
+    {
+        let mut case = Repository::open("gptq");
+        set(&mut case, "quant_method", json!(method));
+        let error = error(&case);
+        assert!(error.code == Code::QuantizationUnsupported && error.found.contains(method), "{error}");
+        assert!(error.expected.contains("compressed-tensors") && !error.help.is_empty(), "{error}");
+    }
+    let mut case = Repository::open("modelopt-awq");
+    let scale = Tensor { dtype: StoredType::BF16, shape: vec![64], bytes: vec![0; 128] };
+    case.tensors.insert(format!("{Q}.pre_quant_scale"), scale.clone());
+    assert!(error(&case).found.contains("the layer's input"));
+    let mut case = Repository::open("modelopt-nvfp4");
+    case.tensors.insert("model.layers.0.self_attn.k_proj.k_scale".to_owned(), scale);
+    let ignored = case.catalogue().unwrap().ignored;
+    assert!(ignored.iter().any(|tensor| tensor.name.ends_with("k_scale") && tensor.reason.contains("cache")));
+}
+
+/// Whatever shapes, types and bytes a file has: an answer or an error.
+#[test]
+fn nothing_panics() {
+    let mut random = ChaCha8Rng::seed_from_u64(7);
+    let (mut taken, mut refused) = (0, 0);
+    for original in Repository::all() {
+        let names: Vec<String> = original.tensors.keys().filter(|name| name.contains("layers.0.")).cloned().collect();
+        for _ in 0..80 {
+            let mut case = original.clone();
+            let name = &names[random.random_range(0..names.len())];
+            damage(case.tensors.get_mut(name).unwrap(), &mut random);
+            match case.catalogue() {
+                Ok(catalogue) => {
+                    taken += 1;
+                    for weight in
+                        catalogue.weights.iter().filter(|weight| weight.parts.iter().any(|p| p.tensor.name == *name))
+                    {
+                        let last = weight.rows().saturating_sub(3)..weight.rows();
+                        let _ = decode_rows(weight, &case, 0..weight.rows().min(3))
+                            .and_then(|_| decode_rows(weight, &case, last));
+                        let _ =
+                            order(weight, &case).and_then(|order| affine_rows(weight, &case, 0..1, order.as_deref()));
+                    }
+                }
+                Err(error) => {
+                    refused += 1;
+                    assert!(!error.subject.is_empty(), "{error}");
+                    assert!(!error.found.is_empty() || !error.expected.is_empty(), "{error}");
+                }
+            }
+        }
+    }
+    assert!(taken > 100 && refused > 100, "{taken} taken, {refused} refused");
+}
+
+fn damage(tensor: &mut Tensor, random: &mut ChaCha8Rng) {
+    let sizes = [0, 1, 2, 3, 63, 65, 1 << 20, 1 << 40, usize::MAX / 2, usize::MAX];
+    match random.random_range(0..4) {
+        0 => tensor.dtype = StoredType::ALL[random.random_range(0..StoredType::ALL.len())],
+        1 if !tensor.shape.is_empty() => {
+            let axis = random.random_range(0..tensor.shape.len());
+            tensor.shape[axis] = sizes[random.random_range(0..sizes.len())];
+        }
+        2 => tensor.shape.push(sizes[random.random_range(0..sizes.len())]),
+        _ => tensor.bytes.iter_mut().for_each(|byte| *byte = random.random()),
     }
 }

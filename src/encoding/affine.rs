@@ -78,7 +78,7 @@ pub fn affine(logical: &Logical) -> std::result::Result<Affine, String> {
     if let Some(reason) = inexpressible(logical) {
         return Err(reason.to_owned());
     }
-    let whole_row = columns.next_power_of_two().clamp(16, ROW_BLOCK);
+    let whole_row = columns.clamp(16, ROW_BLOCK).next_power_of_two();
     let block = match encoding.index {
         Index::One => whole_row,
         Index::Blocks { columns: block, .. } | Index::Transposed { group: block } if block >= columns => whole_row,
@@ -87,7 +87,7 @@ pub fn affine(logical: &Logical) -> std::result::Result<Affine, String> {
         Index::Flat { .. } => return Err("its groups cross the rows".to_owned()),
         Index::Ordered => match logical.part(Role::Scales).and_then(|scales| scales.shape.first()) {
             Some(0 | 1) | None => whole_row,
-            Some(groups) => columns.div_ceil(*groups).next_power_of_two(),
+            Some(groups) => columns.div_ceil(*groups).checked_next_power_of_two().unwrap_or(usize::MAX),
         },
         Index::Cyclic { .. } => return Err("its groups run across the rows (axis 0)".to_owned()),
         Index::Experts { .. } => return Err("its blocks run across the rows".to_owned()),

@@ -84,7 +84,7 @@ impl<'p> Codes<'p> {
         let bits = u32::from(bits);
         let mask = mask(bits);
         for k in 0..self.columns {
-            let bit = k as u64 * u64::from(bits);
+            let bit = (k as u64).saturating_mul(u64::from(bits));
             let (word, shift) = (usize::try_from(bit / 32).unwrap_or(usize::MAX), (bit % 32) as u32);
             let at = |n: usize, word: usize| self.word(word.saturating_mul(self.all_rows).saturating_add(n));
             for (n, out) in rows.clone().zip(out.iter_mut().skip(k).step_by(self.columns)) {
@@ -149,7 +149,7 @@ impl<'p> Codes<'p> {
 
 /// The bytes that the codes of some rows lie in; those layouts that spread a row over all of the tensor need all of it.
 fn byte_range(layout: Layout, tensor: &Stored, rows: &Range<usize>, columns: usize) -> Range<u64> {
-    let times = |rows: usize, size: usize| rows as u64 * size as u64;
+    let times = |rows: usize, size: usize| (rows as u64).saturating_mul(size as u64);
     match layout {
         Layout::Bytes => times(rows.start, columns)..times(rows.end, columns),
         Layout::Rows { stride, .. } => times(rows.start, stride)..times(rows.end, stride),
@@ -157,7 +157,8 @@ fn byte_range(layout: Layout, tensor: &Stored, rows: &Range<usize>, columns: usi
         Layout::FlatHighFirst => times(rows.start, columns) / 2..times(rows.end, columns).div_ceil(2),
         Layout::Transposed { rows: matrix } => {
             let (matrix, size) = (matrix.max(1), times(columns, matrix / 2));
-            (rows.start / matrix) as u64 * size..rows.end.div_ceil(matrix) as u64 * size
+            let start = ((rows.start / matrix) as u64).saturating_mul(size);
+            start..(rows.end.div_ceil(matrix) as u64).saturating_mul(size)
         }
         Layout::Columns { .. } | Layout::Awq | Layout::Slices { .. } => 0..tensor.bytes(),
     }

@@ -112,7 +112,7 @@ impl<'p> Reader<'p> {
         let (end, group, at) = match self.encoding.index {
             Index::One => (self.columns, 0, 0),
             Index::Blocks { matrix, rows, columns, grid_rows, grid_columns } => {
-                let row = n / matrix.max(1) * grid_rows + n % matrix.max(1) / rows.max(1);
+                let row = (n / matrix.max(1)).saturating_mul(grid_rows).saturating_add(n % matrix.max(1) / rows.max(1));
                 let group = k / columns.max(1);
                 ((group + 1).saturating_mul(columns), group, row.saturating_mul(grid_columns).saturating_add(group))
             }
@@ -240,7 +240,7 @@ fn ones(bits: u8) -> u32 {
 /// Field `at` of a stream of bits in words.
 fn stream(at: usize, bits: u8, word: impl Fn(usize) -> u32) -> f32 {
     let bits = u32::from(bits);
-    let bit = at as u64 * u64::from(bits);
+    let bit = (at as u64).saturating_mul(u64::from(bits));
     let (index, shift) = (usize::try_from(bit / 32).unwrap_or(usize::MAX), (bit % 32) as u32);
     let low = word(index) >> shift;
     let value = if shift + bits > 32 { low | word(index.saturating_add(1)) << (32 - shift) } else { low };

@@ -139,8 +139,9 @@ pub(super) fn grid(tensor: &Stored, shape: &[usize], block: (usize, usize)) -> R
     if tensor.count() == 1 {
         return Ok(Index::One);
     }
-    let batch: usize = shape.iter().take(stack).product();
-    let lead: usize = tensor.shape.iter().take(stack).product();
+    // Products of sizes that a file names may be larger than a size can be.
+    let product = |sizes: &[usize]| sizes.iter().take(stack).try_fold(1usize, |n, size| n.checked_mul(*size));
+    let (batch, lead) = (product(shape), product(&tensor.shape));
     let (grid_rows, grid_columns) = match tensor.shape.get(stack..) {
         Some([grid_rows, grid_columns]) if lead == batch => (*grid_rows, *grid_columns),
         // ModelOpt: one per row, or [rows / b, 1, columns / b, 1].

@@ -55,7 +55,10 @@ impl Parts for Repository {
     fn bytes(&self, tensor: &str, range: Range<u64>) -> Result<Cow<'_, [u8]>> {
         let all = self.tensors.get(tensor).ok_or_else(|| Error::new(Code::TensorMissing, tensor))?;
         let (start, end) = (usize::try_from(range.start).unwrap(), usize::try_from(range.end).unwrap());
-        all.bytes.get(start..end).map(Cow::Borrowed).ok_or_else(|| Error::new(Code::WeightsCorrupt, tensor))
+        all.bytes
+            .get(start..end)
+            .map(Cow::Borrowed)
+            .ok_or_else(|| Error::new(Code::WeightsCorrupt, tensor).found("too few bytes"))
     }
 }
 
