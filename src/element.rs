@@ -1,6 +1,10 @@
 //! Element types of tensors: what a checkpoint holds, what a graph computes in.
 
+mod stored;
+
 use std::fmt;
+
+pub use stored::StoredType;
 
 /// Element type of a tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -22,8 +22,8 @@
 //! ```
 //!
 //! Beside the pipeline: [`graph`] is the form of both graphs and their symbolic shapes, [`weight`] the language of
-//! transforms, [`quantize`] the arithmetic that turns matrices into small integers, [`opset`] the operators and
-//! targets as data, [`onnx`] the file format's messages; [`runtime`] finds onnxruntime, [`session`] runs a built
+//! transforms, [`quantize`] the arithmetic that turns matrices into small integers, [`encoding`] how quantised
+//! checkpoints store theirs, [`opset`] the operators and targets as data, [`onnx`] the file format's messages; [`runtime`] finds onnxruntime, [`session`] runs a built
 //! directory, [`generate`] continues text with it, [`bench`] measures it, [`diff`] compares two, [`synth`] makes
 //! random checkpoints of a model's shapes, [`interrupt`] hears Ctrl-C, [`cli`] is the program.
 //!
@@ -63,6 +63,7 @@ pub mod compile;
 pub mod describe;
 pub mod diff;
 pub mod element;
+pub mod encoding;
 pub mod error;
 pub mod generate;
 pub mod golden;

@@ -15,6 +15,7 @@ const PIPELINE: [&str; 32] = [
     "stage",
     "interrupt",
     "element",
+    "encoding",
     "onnx",
     "opset",
     "weight",

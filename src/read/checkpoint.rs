@@ -7,7 +7,7 @@ use super::file::StableFile;
 use super::header::{Entry, quoted, read_header};
 use super::locate::{Index, Weights, locate};
 use super::path::contained;
-use super::stored::StoredType;
+use crate::element::StoredType;
 use crate::error::{Code, Error, Result};
 
 /// A tensor of the checkpoint: what its file's header says of it.

@@ -8,7 +8,7 @@ use std::path::Path;
 use serde::de::{Deserialize, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
 use super::checkpoint::TensorInfo;
-use super::stored::StoredType;
+use crate::element::StoredType;
 use crate::error::{Code, Error, Result};
 
 /// The format's own limit on the JSON's length.

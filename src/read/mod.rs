@@ -10,12 +10,12 @@ mod header;
 mod json;
 mod locate;
 mod path;
-mod stored;
 
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
+pub use crate::element::StoredType;
 pub use checkpoint::{Checkpoint, ShardFile, TensorInfo};
 pub use hash::{FileHash, hash_files};
 pub(crate) use hash::{file_name, hash_bytes, hash_file, hex};
@@ -23,7 +23,6 @@ pub use header::safetensors_header;
 pub use json::{json_file, json_object};
 pub use locate::safetensors_index;
 pub use path::contained;
-pub use stored::StoredType;
 
 use crate::error::{Code, Error, Result};
 

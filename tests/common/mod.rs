@@ -6,6 +6,7 @@
 pub mod hub;
 pub mod models;
 pub mod python;
+pub mod quantized;
 pub mod weights;
 
 use std::error::Error;

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::element::ElementType;
+use super::ElementType;
 
 macro_rules! stored_types {
     ($($variant:ident $name:literal $bits:literal $doc:literal,)*) => {
