@@ -233,7 +233,9 @@ impl Compiled {
 
     /// What it takes to build and to load this model.
     pub fn cost(&self, options: &Options) -> Cost {
-        let narrow = |i: &&Initializer| i.shape.len() > 1 && i.element.size() < options.computed().size();
+        let narrow = |i: &&Initializer| {
+            i.quantized.is_none() && i.shape.len() > 1 && i.element.size() < options.computed().size()
+        };
         let widened = self.plan.initializers.iter().filter(narrow);
         Cost {
             graph: self.encode(options).len() as u64,

@@ -5,7 +5,8 @@ use std::fmt;
 /// The hub's limit for `org/name`.
 const LONGEST_NAME: usize = 96;
 
-/// `org/name`, `org/name@revision`, or one of the old names without an organisation (`gpt2`).
+/// `org/name` or `org/name@revision`. Old names without an organisation (`gpt2`) are not taken: a directory that is
+/// not there would be looked for on the network.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Id {
     name: String,
@@ -19,7 +20,7 @@ impl Id {
             Some((name, revision)) => (name, Some(revision)),
             None => (text, None),
         };
-        let fits = name.len() <= LONGEST_NAME && name.split('/').count() <= 2 && name.split('/').all(is_part);
+        let fits = name.len() <= LONGEST_NAME && name.split('/').count() == 2 && name.split('/').all(is_part);
         let whole = fits && !name.contains("--") && revision.is_none_or(is_revision);
         whole.then(|| Self { name: name.to_owned(), revision: revision.map(str::to_owned) })
     }
@@ -78,14 +79,15 @@ mod tests {
         let read = |text: &str| Id::parse(text).map(|id| (id.name().to_owned(), id.revision().to_owned()));
         let pair = |name: &str, revision: &str| Some((name.to_owned(), revision.to_owned()));
         assert_eq!(read("org/name"), pair("org/name", "main"));
-        assert_eq!(read("gpt2"), pair("gpt2", "main"));
         assert_eq!(read("Qwen/Qwen2.5-0.5B@v1.0"), pair("Qwen/Qwen2.5-0.5B", "v1.0"));
         assert_eq!(read("a/b@refs/pr/1"), pair("a/b", "refs/pr/1"));
-        let paths =
-            ["", ".", "..", "/a/b", "./a", "../a", "a/b/c", "a/", "a\\b", "C:a", "~/a", "a b", "a--b", "a/.b", "-a"];
+        let paths = [
+            "", "gpt2", "repo", ".", "..", "/a/b", "./a", "../a", "a/b/c", "a/", "a\\b", "C:a", "~/a", "a b", "a--b",
+            "a/.b", "-a",
+        ];
         for path in paths.into_iter().chain(["a@", "a@..", "a@../../x", "a@/x", "a@x/", "a@x\\y", "a@b c", "@main"]) {
             assert_eq!(read(path), None, "{path}");
         }
-        assert_eq!(read(&"a".repeat(97)), None);
+        assert_eq!(read(&format!("a/{}", "a".repeat(97))), None);
     }
 }
