@@ -112,6 +112,9 @@ pub fn compile_description(repository: Repository, description: Description, opt
     let lowered = stage!("lower", lower::lower(&model, &lowering))?;
     let allowed = &options.allowed_tensors;
     let plan = stage!("plan", bind::plan(parameters, &lowered.graph, rules, checkpoint, allowed))?;
+    if let Some(recipe) = &options.recipe {
+        recipe.check(&plan, &lowered.notes, &options.target.name)?;
+    }
     let layout = stage!("plan", Layout::new(&plan, checkpoint, shard_size))?;
     Ok(Compiled { repository, description, model, lowered, plan, layout })
 }

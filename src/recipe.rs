@@ -12,7 +12,7 @@ use crate::bind::Plan;
 use crate::build::{Composite, Kind, Model};
 use crate::error::{Code, Error, Result};
 use crate::graph::{Dim, Graph, Source};
-use crate::lower::{Part, Precision};
+use crate::lower::{Note, Part, Precision};
 use crate::quantize::{Algorithm, ScaleType, Scheme};
 
 /// How the matrices of a model are quantised.
@@ -118,6 +118,19 @@ impl Recipe {
         let spellings = spellings(name, layers);
         let matches = |rule: &&Rule| spellings.iter().any(|spelling| rule.matcher.is_match(spelling));
         self.rules.iter().rfind(matches)?.scheme
+    }
+
+    /// An error if nothing was quantised: then the target can not do what was asked for.
+    pub fn check(&self, plan: &Plan, notes: &[Note], target: &str) -> Result<()> {
+        if plan.initializers.iter().any(|initializer| initializer.quantized.is_some()) {
+            return Ok(());
+        }
+        let reasons: BTreeSet<&str> = notes.iter().map(|note| note.reason.as_str()).collect();
+        let reasons: Vec<&str> = reasons.into_iter().collect();
+        Err(Error::new(Code::UsageInvalid, format!("--quant {} on target {target}", self.name))
+            .found(format!("no matrix could be quantised: {}", reasons.join("; ")))
+            .expected("a scheme that the target's operators read")
+            .help("choose another scheme, another --block-size, or --target ort-cpu"))
     }
 
     /// What `hf2onnx.json` says of it.

@@ -5,9 +5,9 @@ use super::{Form, Lowerer, Operator};
 use crate::build::{Model, MoeOp};
 use crate::element::ElementType;
 use crate::error::{Code, Error, Result};
-use crate::graph::{Dim, Graph, ValueId};
+use crate::graph::{Dim, Graph, Type, ValueId};
 use crate::spec::{Activation, Score};
-use crate::weight::Weight;
+use crate::weight::{Split, Weight};
 
 /// One projection of all experts, still as values of the model's graph: it is lowered in the form that is wanted.
 #[derive(Clone, Copy)]
@@ -101,16 +101,29 @@ impl Lowerer<'_> {
         if scheme.bits() == 2 {
             return Ok(Form::Refused("the operator has no kernel for 2 bits".to_owned()));
         }
-        if let Some(odd) = [&up, &down].iter().filter_map(|(_, s)| s.last()).find(|k| *k % scheme.block_size() != 0) {
-            let block = scheme.block_size();
-            return Ok(Form::Refused(format!("{odd} columns are no whole number of blocks of {block}")));
+        if scheme.bits() == 8 && (1..4).contains(&self.accuracy_level()) {
+            return Ok(Form::Refused(
+                "with 8 bits its kernel rounds activations to 8 bits, whatever is asked".to_owned(),
+            ));
         }
+        let block = scheme.block_size();
+        let inputs = width(&up.1);
+        if inputs % block != 0 {
+            return Ok(Form::Refused(format!("{inputs} columns are no whole number of blocks of {block}")));
+        }
+        // The second projection's last block is filled up with zeros, so that many more rows of the first one, whatever
+        // they hold, change nothing.
+        let rows = op.intermediate_size.next_multiple_of(block);
         let first = match &gate {
-            None => self.integers(&up.0, &up.1, &scheme, &Weight::source(&up.0), Layout::Rows),
-            Some((gate, _)) => {
+            None => {
+                let (weight, shape) = extended(&up.0, &up.1, rows);
+                self.integers(&up.0, &shape, &scheme, &weight, Layout::Rows)
+            }
+            Some(gate) => {
+                let ((gate, _), (up_weight, mut shape)) =
+                    (extended(&gate.0, &gate.1, rows), extended(&up.0, &up.1, rows));
                 // [E, I, H] twice -> [E, 2 * I, H]
-                let weight = Weight::Interleave(1, vec![Weight::source(gate), Weight::source(&up.0)]);
-                let mut shape = up.1.clone();
+                let weight = Weight::Interleave(1, vec![gate, up_weight]);
                 if let Some(rows) = shape.get_mut(1) {
                     *rows *= 2;
                 }
@@ -118,23 +131,35 @@ impl Lowerer<'_> {
             }
         };
         let second = self.integers(&down.0, &down.1, &scheme, &Weight::source(&down.0), Layout::Rows);
-        let first_bias = match operands.gate {
-            None => operands.up.bias.map(|bias| self.value(model, bias)).transpose()?,
-            Some(gate) => {
-                let biases = gate.bias.zip(operands.up.bias);
-                biases.map(|(gate, up)| self.interleaved(op, model, gate, up)).transpose()?
-            }
-        };
+        let first_bias = self.extended_bias(model, operands, rows)?;
         let down_bias = operands.down.bias.map(|bias| self.value(model, bias)).transpose()?;
         let call = call
             .int("expert_weight_bits", scheme.bits().into())
             .size("block_size", scheme.block_size())
             .string("quant_type", "int")
+            .int("accuracy_level", self.accuracy_level())
             .int("weights_prepacked", 0);
         let (scales, scales2) = (first.scales, second.scales);
         let weights = [Some(first.data), Some(scales), first_bias, Some(second.data), Some(scales2), down_bias];
         let zeros = [None, None, None, first.zero_points, second.zero_points];
         self.call_experts(op, operands, call, &[weights.as_slice(), &zeros].concat()).map(Form::Done)
+    }
+
+    /// The bias of the first projection of so many rows, those of gate and up in turn.
+    fn extended_bias(&mut self, model: &Graph<Model>, operands: &Operands, rows: usize) -> Result<Option<ValueId>> {
+        let Some(up) = operands.up.bias else { return Ok(None) };
+        let (name, shape) = named(model, up);
+        let (mut weight, mut shape) = extended(&name, &shape, rows);
+        if let Some(gate) = operands.gate.and_then(|gate| gate.bias) {
+            let (gate, gate_shape) = named(model, gate);
+            weight = Weight::Interleave(1, vec![extended(&gate, &gate_shape, rows).0, weight]);
+            if let Some(rows) = shape.get_mut(1) {
+                *rows *= 2;
+            }
+        }
+        let ty = Type::new(self.element(model.ty(up).element), shape.into_iter().map(Dim::from));
+        let name = name.replace("up_proj", "gate_up_proj");
+        self.parameter(&format!("{name}.whole_blocks"), ty, model.ty(up).element, weight).map(Some)
     }
 
     /// Calls an operator that routes by itself: input, logits, and what follows.
@@ -444,6 +469,30 @@ fn expert_call(op: &MoeOp, op_type: &'static str) -> std::result::Result<Operato
             return Err(format!("the operator has no {kind} {other:?} experts"));
         }
     })
+}
+
+fn width(shape: &[usize]) -> usize {
+    shape.last().copied().unwrap_or(0)
+}
+
+/// `[E, I, ..]` -> `[E, rows, ..]`: its rows again and again.
+fn extended(name: &str, shape: &[usize], rows: usize) -> (Weight, Vec<usize>) {
+    let weight = Weight::source(name);
+    let have = shape.get(1).copied().unwrap_or(1).max(1);
+    let mut longer = shape.to_vec();
+    if let Some(axis) = longer.get_mut(1) {
+        *axis = rows;
+    }
+    if rows <= have {
+        return (weight, longer);
+    }
+    let mut parts = vec![weight.clone(); rows / have];
+    let rest = rows % have;
+    if rest > 0 {
+        let split = Split { axis: 1, groups: 1, sizes: vec![rest, have - rest], index: 0 };
+        parts.push(Weight::Split(split, Box::new(weight)));
+    }
+    (Weight::Concat(1, parts), longer)
 }
 
 /// The attributes of a gated expert whose gate and up rows come in turn.

@@ -55,6 +55,8 @@ pub enum Part {
     Scales,
     /// A zero point for each block.
     ZeroPoints,
+    /// The zero points less the implicit one, signed, without filling.
+    SignedZeroPoints,
 }
 
 impl fmt::Display for Part {
@@ -64,6 +66,7 @@ impl fmt::Display for Part {
             Self::SignedData => "signed integers",
             Self::Scales => "scales",
             Self::ZeroPoints => "zero points",
+            Self::SignedZeroPoints => "signed zero points",
         })
     }
 }

@@ -46,6 +46,11 @@ impl Lowerer<'_> {
         self.options.precision.and_then(|precision| precision.schemes.get(name)).copied()
     }
 
+    /// How products with integers are computed.
+    pub(super) fn accuracy_level(&self) -> i64 {
+        self.options.precision.map_or(0, |precision| precision.accuracy_level)
+    }
+
     /// The initializers of a matrix `[.., N, K]` that is made from parameters.
     pub(super) fn integers(
         &mut self,
@@ -68,21 +73,22 @@ impl Lowerer<'_> {
             ScaleType::Float16 => ElementType::F16,
             ScaleType::BFloat16 => ElementType::BF16,
         };
+        let signed = if bits == 4 { ElementType::I4 } else { ElementType::I8 };
         let data = match layout {
             Layout::Blocks => {
                 let block = [blocks, row_bytes / blocks.max(1)];
                 of(&format!("int{bits}"), ElementType::U8, Part::Data, &block)
             }
             Layout::Rows => of(&format!("int{bits}.rows"), ElementType::U8, Part::Data, &[row_bytes]),
-            Layout::Signed => {
-                let element = if bits == 4 { ElementType::I4 } else { ElementType::I8 };
-                of(&format!("int{bits}.signed"), element, Part::SignedData, &[columns])
-            }
+            Layout::Signed => of(&format!("int{bits}.signed"), signed, Part::SignedData, &[columns]),
         };
         let scales = of("scales", scale, Part::Scales, &[blocks]);
-        let zero_bytes = scheme.row_zero_bytes(columns);
-        let zero_points =
-            (!scheme.is_symmetric()).then(|| of("zero_points", ElementType::U8, Part::ZeroPoints, &[zero_bytes]));
+        let zero_points = (!scheme.is_symmetric()).then(|| match layout {
+            Layout::Blocks | Layout::Rows => {
+                of("zero_points", ElementType::U8, Part::ZeroPoints, &[scheme.row_zero_bytes(columns)])
+            }
+            Layout::Signed => of("zero_points.signed", signed, Part::SignedZeroPoints, &[blocks]),
+        });
         Integers { data, scales, zero_points }
     }
 
@@ -112,7 +118,7 @@ impl Lowerer<'_> {
         let x = self.value(model, x)?;
         let bias = bias.map(|bias| self.value(model, bias)).transpose()?;
         let parts = self.integers(name, shape, scheme, &Weight::source(name), Layout::Blocks);
-        let accuracy = self.options.precision.map_or(0, |precision| precision.accuracy_level);
+        let accuracy = self.accuracy_level();
         let op = Operator::microsoft("MatMulNBits")
             .size("K", columns)
             .size("N", rows)
@@ -185,8 +191,10 @@ impl Lowerer<'_> {
                     format!("{columns} columns are no whole number of blocks of {}", scheme.block_size())
                 }
                 _ if scheme.bits() == 2 => "the operator reads no 2 bits in this opset".to_owned(),
-                _ if !scheme.is_symmetric() => {
-                    "zero points have another layout there: use a symmetric scheme".to_owned()
+                Some(columns)
+                    if !scheme.is_symmetric() && scheme.bits() == 4 && !scheme.blocks(*columns).is_multiple_of(2) =>
+                {
+                    "the zero points of a row with an odd number of blocks end within a byte".to_owned()
                 }
                 _ => return s.dequantize_linear(&name, &shape, &scheme).map(|value| Form::Done(Some(value))),
             };
@@ -201,7 +209,9 @@ impl Lowerer<'_> {
             .size("block_size", scheme.block_size());
         let compute = self.compute();
         let scales = self.e.cast(parts.scales, compute)?;
-        self.e.add(op, &[parts.data, scales])
+        let mut operands = vec![parts.data, scales];
+        operands.extend(parts.zero_points);
+        self.e.add(op, &operands)
     }
 }
 

@@ -202,7 +202,7 @@ fn tasks<'p>(plan: &'p Plan, layout: &Layout, checkpoint: &Checkpoint) -> Result
         let Some((initializer, extent)) = pair else { continue };
         match initializer.quantized {
             // They stand behind their integers, and come with them.
-            Some((_, part @ (Part::Scales | Part::ZeroPoints))) => {
+            Some((_, part @ (Part::Scales | Part::ZeroPoints | Part::SignedZeroPoints))) => {
                 let integers = tasks.last_mut().filter(|task| task.initializer.weight == initializer.weight);
                 let integers = integers.ok_or_else(|| {
                     Error::new(Code::SpecInvalid, &initializer.name).found(format!("{part} without their integers"))
@@ -293,11 +293,7 @@ impl Job<'_> {
         let mut bytes = pool.take(blocks.data.len());
         bytes.bytes.copy_from_slice(&blocks.data);
         if part == Part::SignedData {
-            // Less the implicit zero point, in two's complement: the highest bit of each integer flips.
-            let flip = if scheme.bits() == 4 { 0x88 } else { 0x80 };
-            for byte in &mut bytes.bytes {
-                *byte ^= flip;
-            }
+            make_signed(&mut bytes.bytes, scheme);
         }
         let element = match scheme.scales() {
             ScaleType::Float32 => ElementType::F32,
@@ -306,15 +302,26 @@ impl Job<'_> {
         };
         let mut beside = Vec::new();
         for (part, _) in sides {
-            beside.push(if *part == Part::Scales {
-                let mut scales = vec![0; blocks.scales.len() * element.size()];
-                write_floats(&blocks.scales, element, &mut scales)?;
-                scales
-            } else {
-                blocks.zero_points.clone().unwrap_or_default()
-            });
+            let mut side = blocks.zero_points.clone().unwrap_or_default();
+            match part {
+                Part::Scales => {
+                    side = vec![0; blocks.scales.len() * element.size()];
+                    write_floats(&blocks.scales, element, &mut side)?;
+                }
+                Part::SignedZeroPoints => make_signed(&mut side, scheme),
+                _ => {}
+            }
+            beside.push(side);
         }
         Ok(Chunk { bytes, sides: beside })
+    }
+}
+
+/// Less the implicit zero point, in two's complement: the highest bit of each integer flips.
+fn make_signed(integers: &mut [u8], scheme: &Scheme) {
+    let flip = if scheme.bits() == 4 { 0x88 } else { 0x80 };
+    for byte in integers {
+        *byte ^= flip;
     }
 }
 
