@@ -46,6 +46,8 @@
 //! tensor is bound, or dropped by a named rule, or an error. Every parameter is bound exactly once.
 //!
 //! **No panic on any input.** What comes from a file is never unwrapped, indexed or cast blindly.
+//! Jinja and tokenizers are libraries that panic on a few files: what they make of one runs guarded, and a panic is an
+//! error. What templates may ask of Jinja is bounded in time and memory; `tests/fuzz` has the fuzz targets.
 //!
 //! **An output directory appears whole or not at all.**
 //!
@@ -68,6 +70,7 @@ pub mod error;
 pub mod generate;
 pub mod golden;
 pub mod graph;
+mod guard;
 pub mod hub;
 pub mod inspect;
 pub mod interrupt;

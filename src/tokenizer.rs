@@ -26,29 +26,45 @@ impl Tokenizer {
 
     /// Reads the text of a `tokenizer.json`.
     pub fn from_json(bytes: &[u8]) -> Result<Self, String> {
-        let mut inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| e.to_string())?;
-        // Settings of whoever saved the file, no property of the model.
-        inner.with_padding(None);
-        inner.with_truncation(None).map_err(|e| e.to_string())?;
-        Ok(Self { inner })
+        guarded(|| {
+            let mut inner = tokenizers::Tokenizer::from_bytes(bytes)?;
+            // Settings of whoever saved the file, no property of the model.
+            inner.with_padding(None);
+            inner.with_truncation(None)?;
+            Ok(Self { inner })
+        })
     }
 
     /// The tokens of a text; `special` adds those that the tokenizer puts around a prompt.
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
-        let encoding = self.inner.encode_fast(text, special);
-        let encoding = encoding.map_err(|e| Error::new(Code::TokenizerInvalid, "the text").found(e))?;
-        Ok(encoding.get_ids().to_vec())
+        let encoding = guarded(|| self.inner.encode_fast(text, special));
+        Ok(encoding.map_err(|found| unusable("the text", found))?.get_ids().to_vec())
     }
 
     /// The text of tokens, without special ones.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
-        self.inner.decode(ids, true).map_err(|e| Error::new(Code::TokenizerInvalid, "the tokens").found(e))
+        guarded(|| self.inner.decode(ids, true)).map_err(|found| unusable("the tokens", found))
     }
 
     /// The token with a given text.
     pub fn id(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)
     }
+}
+
+/// What the library makes of a file. tokenizers 0.23 panics on some: on a merge that is longer than every token, and
+/// on a `precompiled_charsmap` whose trie points beyond its end.
+fn guarded<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String> {
+    let outcome = crate::guard::guarded(work);
+    let outcome = outcome.unwrap_or_else(|| Err("contents that the tokenizers library fails on".into()));
+    outcome.map_err(|e| e.to_string())
+}
+
+fn unusable(what: &str, found: String) -> Error {
+    Error::new(Code::TokenizerInvalid, format!("{what}, by tokenizer.json"))
+        .found(found)
+        .expected("a tokenizer.json that fits its own parts")
+        .help("put the repository's tokenizer.json into the directory")
 }
 
 /// Turns tokens into text as they come. A piece is held back until its characters are whole.

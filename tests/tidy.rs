@@ -10,8 +10,9 @@ use std::path::{Path, PathBuf};
 type TestResult<T = ()> = Result<T, Box<dyn Error>>;
 
 /// The modules in the order of the pipeline: each may use those before it.
-const PIPELINE: [&str; 32] = [
+const PIPELINE: [&str; 34] = [
     "error",
+    "guard",
     "stage",
     "interrupt",
     "element",

@@ -62,6 +62,7 @@ pub fn main() -> ExitCode {
         _ => None,
     };
     listen(timings.clone());
+    crate::guard::hush();
     let mut output = Output::new(cli.json);
     let result = match cli.command {
         // The only command that leaves something behind when it is cut short; the others end at once.

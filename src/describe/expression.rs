@@ -1,4 +1,7 @@
 //! Expressions of templates: Jinja's, evaluated over a configuration, with unknown names as errors.
+//!
+//! `log`, `exp` and `last_index(list, item)` are added. Filters that make much out of little are absent, and lengths are
+//! bounded: [`limits`] has the list.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -9,6 +12,7 @@ use serde_json::Value as Json;
 use toml::Value as Toml;
 
 use crate::error::{Code, Error, Result};
+use crate::guard::guarded;
 
 use super::limits;
 use super::template::Template;
@@ -159,15 +163,8 @@ fn environment() -> &'static Environment<'static> {
 }
 
 fn compile(expression: &str) -> Result<Expression<'static, 'static>, minijinja::Error> {
-    if expression.len() > limits::LONGEST_EXPRESSION {
-        let found = format!("an expression of more than {} bytes", limits::LONGEST_EXPRESSION);
-        return Err(minijinja::Error::new(minijinja::ErrorKind::SyntaxError, found));
-    }
-    // minijinja 2.24 panics on some texts with unbalanced braces ("empty lexer stack").
-    let owned = expression.to_owned();
-    std::panic::catch_unwind(|| environment().compile_expression_owned(owned)).unwrap_or_else(|_| {
-        Err(minijinja::Error::new(minijinja::ErrorKind::SyntaxError, "Jinja can not read the expression"))
-    })
+    limits::compilable(expression).map_err(|found| minijinja::Error::new(minijinja::ErrorKind::SyntaxError, found))?;
+    environment().compile_expression_owned(expression.to_owned())
 }
 
 /// The expression, compiled the first time that it is asked for.
@@ -183,7 +180,10 @@ fn compiled(expression: &str, config: &Config) -> Result<Arc<Expression<'static,
 
 fn evaluate(expression: &str, names: &Arc<Names>) -> Result<Value, minijinja::Error> {
     let compiled = compiled(expression, &names.config)?;
-    let value = compiled.eval(Value::from_dyn_object(names.clone()))?;
+    // minijinja 2.24 multiplies the length of a list unchecked: `[0, 0] * 2**63` overflows.
+    let value = guarded(|| compiled.eval(Value::from_dyn_object(names.clone()))).unwrap_or_else(|| {
+        Err(minijinja::Error::new(minijinja::ErrorKind::InvalidOperation, "Jinja itself fails on it"))
+    })?;
     // A name alone is not looked into, so Jinja lets it pass undefined: here a misspelt key would become null.
     if value.is_undefined() {
         return Err(minijinja::Error::new(minijinja::ErrorKind::UndefinedError, "it has no value"));

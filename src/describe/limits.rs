@@ -3,6 +3,9 @@
 //! A configuration is untrusted: a list of a billion, a text of a megabyte or an infinity is an error by name where an
 //! expression reads it, and costs nothing where none does. What an expression makes of small values is bounded again
 //! when it becomes part of a specification, because `[0] * 1000000000` is small until somebody walks through it.
+//!
+//! Operators have no hook in Jinja: `1 in [0] * 10**12` takes as long as it sounds. No template that is built in
+//! multiplies a list, so a configuration can not ask for that; a template of the user's can only harm its user.
 
 use minijinja::value::{Rest, ValueKind};
 use minijinja::{Environment, ErrorKind, UndefinedBehavior, Value};
@@ -16,7 +19,7 @@ const MOST_TEXT: usize = 65_536;
 /// still be counted.
 const LARGEST: u64 = 1 << 47;
 /// Longest expression in bytes: it bounds how deep an expression is nested, and with it the stack.
-pub(super) const LONGEST_EXPRESSION: usize = 2000;
+const LONGEST_EXPRESSION: usize = 2000;
 /// Most members of all `{a,b}` of a pattern together.
 pub(super) const MOST_MEMBERS: usize = 128;
 /// Longest names of a pattern's members, in bytes together.
@@ -59,14 +62,49 @@ pub(super) fn environment() -> Environment<'static> {
     environment
 }
 
+/// Whether an expression may be given to Jinja's compiler at all, or what is wrong with it.
+///
+/// minijinja 2.24 takes `}}` outside of all brackets for the end of a `{{`, and panics on what follows it: a bracket
+/// that closes nothing is found here first. Brackets in quotes are text.
+pub(super) fn compilable(expression: &str) -> Result<(), String> {
+    if expression.len() > LONGEST_EXPRESSION {
+        return Err(format!("an expression of more than {LONGEST_EXPRESSION} bytes"));
+    }
+    let (mut open, mut quote, mut escaped) = (0_usize, None, false);
+    for letter in expression.chars() {
+        match (quote, letter) {
+            (Some(_), _) if escaped => escaped = false,
+            (Some(_), '\\') => escaped = true,
+            (Some(own), _) if own == letter => quote = None,
+            (None, '\'' | '"') => quote = Some(letter),
+            (None, '(' | '[' | '{') => open += 1,
+            (None, ')' | ']' | '}') => {
+                open = open.checked_sub(1).ok_or_else(|| format!("a `{letter}` that closes nothing"))?;
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
 /// A built-in filter on operands of bounded size.
 fn walk(name: &str, operands: &[Value]) -> Result<Value, minijinja::Error> {
     static BUILT_IN: std::sync::OnceLock<Environment<'static>> = std::sync::OnceLock::new();
-    if operands.iter().any(|operand| operand.len().is_some_and(|length| length > MOST_ITEMS)) {
+    if operands.iter().any(is_long) {
         let found = format!("{name} of more than {MOST_ITEMS} items");
         return Err(minijinja::Error::new(ErrorKind::InvalidOperation, found));
     }
     BUILT_IN.get_or_init(Environment::new).empty_state().apply_filter(name, operands)
+}
+
+/// Counted and not asked for: the length that minijinja 2.24 has for `[0, 0] * 2**63` is 0 in a release build.
+fn is_long(value: &Value) -> bool {
+    match value.kind() {
+        ValueKind::Seq | ValueKind::Iterable | ValueKind::Map => {
+            value.try_iter().is_ok_and(|items| items.take(MOST_ITEMS + 1).count() > MOST_ITEMS)
+        }
+        _ => value.len().is_some_and(|length| length > MOST_ITEMS),
+    }
 }
 
 /// A configuration's value as expressions see it. What is out of bounds fails the expression that reads it.
@@ -197,6 +235,17 @@ mod tests {
         ] {
             let text = found(value).unwrap();
             assert!(text.contains(words), "{text}");
+        }
+    }
+
+    #[test]
+    fn brackets_that_close_nothing_never_reach_the_compiler() {
+        for fine in ["{'a': {'b': [1]}}", "'}}' ~ \"]'\" ~ '\\'}}'", "(1", "'"] {
+            assert_eq!(compilable(fine), Ok(()), "{fine}");
+            let _ = environment().compile_expression(fine);
+        }
+        for (odd, closing) in [("1 }} x", '}'), ("1 -}} x", '}'), ("(1)) + 1", ')'), ("'a'] ~ '['", ']'), ("}}", '}')] {
+            assert_eq!(compilable(odd), Err(format!("a `{closing}` that closes nothing")), "{odd}");
         }
     }
 

@@ -1,15 +1,18 @@
 //! Jinja for templates that come with a repository: it ends, in bounded time and space, or is an error.
 //!
 //! Instructions are counted by minijinja's fuel. Filters and methods that make much out of little are asked what they
-//! would make first. Joining texts by `~` or `+` over and over has no hook: only the time bounds it.
+//! would make first. Joining texts by `~` or `+` has no hook, and `x ~ x` again and again doubles a text: there the
+//! memory is watched while the template renders. A thread can not be stopped from outside, so a program that goes on
+//! after that error has the template's thread beside it until it ends or the system refuses it memory; the command line
+//! ends with its error.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use minijinja::value::{Rest, Value};
+use minijinja::value::{Rest, Value, ValueKind};
 use minijinja::{Environment, ErrorKind, State};
 
 /// Longest template in bytes; the longest that is known has 30 thousand.
@@ -22,6 +25,10 @@ const MOST: usize = 1 << 24;
 const WIDEST: usize = 1000;
 /// Rendering takes milliseconds.
 const PATIENCE: Duration = Duration::from_secs(20);
+/// Memory that the process may gain meanwhile. The deepest expression takes a third of it for its stack.
+const ROOM: usize = 1 << 30;
+/// Between two looks at the memory.
+const PAUSE: Duration = Duration::from_millis(5);
 /// Room for the deepest expression of the longest template: `1+1+1+...` nests once for every two bytes. Only what is
 /// touched of it is taken.
 const STACK: usize = 512 << 20;
@@ -68,11 +75,22 @@ fn check<'v>(name: &str, mut operands: impl Iterator<Item = &'v Value>) -> Resul
     let mut product = 1_usize;
     let fits = operands.all(|operand| {
         let digits = operand.as_str().filter(|_| name == "format").map_or(0, largest_number);
-        let size = operand.as_usize().or_else(|| operand.len()).unwrap_or(0);
+        let size = operand.as_usize().unwrap_or_else(|| length(operand));
         product = product.saturating_mul(size.saturating_add(1));
         product <= MOST && digits <= WIDEST
     });
     if fits { Ok(()) } else { Err(refused(format!("{name} of operands that could come to more than {MOST} bytes"))) }
+}
+
+/// Items of a list, counted no further than needed: minijinja 2.24 takes 0 for the length of `[0, 0] * 2**63` in a
+/// release build.
+fn length(value: &Value) -> usize {
+    match value.kind() {
+        ValueKind::Seq | ValueKind::Iterable | ValueKind::Map => {
+            value.try_iter().map_or(0, |items| items.take(MOST + 1).count())
+        }
+        _ => value.len().unwrap_or(0),
+    }
 }
 
 /// The largest number that is written in a text.
@@ -85,18 +103,34 @@ pub(super) fn refused(found: String) -> minijinja::Error {
     minijinja::Error::new(ErrorKind::OutOfFuel, found)
 }
 
-/// Runs `render` where there is stack for it, and waits no longer than it may take.
+/// Runs `render` where there is stack for it, and waits for no more time and memory than it may take.
 pub(super) fn patiently<T: Send + 'static>(
     render: impl FnOnce() -> Result<T, minijinja::Error> + Send + 'static,
 ) -> Result<T, minijinja::Error> {
     let (send, receive) = channel();
-    let work = move || drop(send.send(render()));
+    let (started, before) = (Instant::now(), memory());
+    let work = move || {
+        let failed = || Err(refused("Jinja itself failed on it".to_owned()));
+        drop(send.send(crate::guard::guarded(render).unwrap_or_else(failed)));
+    };
     let thread = thread::Builder::new().name("chat template".into()).stack_size(STACK).spawn(work);
     thread.map_err(|e| refused(format!("no thread to render in: {e}")))?;
-    receive.recv_timeout(PATIENCE).unwrap_or_else(|error| {
-        Err(refused(match error {
-            RecvTimeoutError::Timeout => format!("it does not end within {} seconds", PATIENCE.as_secs()),
-            RecvTimeoutError::Disconnected => "Jinja itself failed on it".to_owned(),
-        }))
-    })
+    loop {
+        match receive.recv_timeout(PAUSE) {
+            Ok(outcome) => return outcome,
+            Err(RecvTimeoutError::Disconnected) => return Err(refused("its thread has ended".to_owned())),
+            Err(RecvTimeoutError::Timeout) => {}
+        }
+        if memory().saturating_sub(before) > ROOM {
+            return Err(refused(format!("it takes more than {} MiB of memory", ROOM >> 20)));
+        }
+        if started.elapsed() > PATIENCE {
+            return Err(refused(format!("it does not end within {} seconds", PATIENCE.as_secs())));
+        }
+    }
+}
+
+/// Bytes of memory that the process has; 0 where the system does not say.
+fn memory() -> usize {
+    memory_stats::memory_stats().map_or(0, |memory| memory.physical_mem)
 }

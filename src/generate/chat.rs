@@ -25,20 +25,28 @@ impl ChatTemplate {
     /// Finds the template of a directory: `chat_template.jinja`, or `chat_template` in `tokenizer_config.json`.
     pub fn open(directory: &Path) -> Result<Self> {
         let config_path = directory.join("tokenizer_config.json");
-        let config = match std::fs::read(&config_path) {
-            Ok(bytes) => serde_json::from_slice(&bytes)
-                .map_err(|e| Error::new(Code::TokenizerInvalid, config_path.display()).found(e).expected("JSON"))?,
-            Err(_) => Json::Null,
+        let invalid = |path: &Path| Error::new(Code::TokenizerInvalid, path.display());
+        let config: Json = match text(&config_path)? {
+            Some(text) => serde_json::from_str(&text).map_err(|e| {
+                invalid(&config_path).found(e).expected("JSON").help("copy the repository's file again")
+            })?,
+            None => Json::Null,
         };
         let file = directory.join("chat_template.jinja");
-        if let Ok(source) = std::fs::read_to_string(&file) {
+        if let Some(source) = text(&file)? {
             return Ok(Self::new(source, &config, &file.display().to_string()));
         }
-        let source = config.get("chat_template").and_then(default_template).ok_or_else(|| {
-            Error::new(Code::TokenizerInvalid, directory.display())
+        let Some(value) = config.get("chat_template").filter(|value| !value.is_null()) else {
+            return Err(invalid(directory)
                 .found("no chat template")
                 .expected("chat_template.jinja, or chat_template in tokenizer_config.json")
-                .help("leave --chat out: the model may not be one for conversations")
+                .help("leave --chat out: the model may not be one for conversations"));
+        };
+        let source = default_template(value).ok_or_else(|| {
+            invalid(&config_path)
+                .found("a chat_template that is neither a text nor a list of them")
+                .expected("a text, or a list of objects with name and template")
+                .help("mend it, or leave --chat out")
         })?;
         Ok(Self::new(source, &config, &config_path.display().to_string()))
     }
@@ -54,8 +62,11 @@ impl ChatTemplate {
     /// Renders a conversation, with the opening of the model's answer at its end.
     pub fn render(&self, messages: &Json) -> Result<String> {
         let invalid = |e: &minijinja::Error| {
-            let help =
-                if e.kind() == ErrorKind::InvalidOperation { "the template refuses this conversation" } else { "" };
+            let help = if e.kind() == ErrorKind::InvalidOperation {
+                "the template refuses this conversation"
+            } else {
+                "mend the template, or leave --chat out"
+            };
             Error::new(Code::TokenizerInvalid, &self.origin).found(e).expected("a template that renders").help(help)
         };
         if self.source.len() > bounds::LONGEST {
@@ -72,6 +83,20 @@ impl ChatTemplate {
             environment.get_template("chat")?.render(Json::Object(context))
         });
         rendered.map_err(|e| invalid(&e))
+    }
+}
+
+/// The text of a file, or `None` where there is no such file.
+fn text(path: &Path) -> Result<Option<String>> {
+    match std::fs::read(path) {
+        Ok(bytes) => String::from_utf8(bytes).map(Some).map_err(|e| {
+            Error::new(Code::TokenizerInvalid, path.display())
+                .found(e)
+                .expected("a text in UTF-8")
+                .help("copy the repository's file again")
+        }),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(Error::io(path, &e)),
     }
 }
 
