@@ -48,8 +48,11 @@ pub struct Changes {
     pub rules: Vec<String>,
 }
 
-/// The names that `--quant` takes, with what they mean: pattern, bits, symmetric, block.
-const RECIPES: [(&str, &[(&str, u8, bool, usize)]); 5] = [
+/// Pattern, bits, symmetric, block.
+type Line = (&'static str, u8, bool, usize);
+
+/// The names that `--quant` takes, with what they mean.
+const RECIPES: [(&str, &[Line]); 5] = [
     ("int2", &[("*", 2, false, 32), ("{embed_tokens*,lm_head}", 4, true, 32)]),
     ("int4", &[("*", 4, true, 32)]),
     ("int8", &[("*", 8, true, 32)]),

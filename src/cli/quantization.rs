@@ -13,7 +13,7 @@ pub(super) struct QuantizationOptions {
     /// Quantise matrices: int8, int4, int2, or a preset: q4 (small and fast), q4-mixed (the head in 8 bits)
     #[arg(long, value_name = "SCHEME")]
     quant: Option<String>,
-    /// Another scheme for some matrices, the last match wins: 'lm_head=int8', 'layers.{0,-1}.*=int8', '*.down_proj=float'
+    /// Another scheme for some matrices, the last match wins: `lm_head=int8`, `layers.{0,-1}.*=int8`, `*.down_proj=float`
     #[arg(long, value_name = "PATTERN=SCHEME", requires = "quant")]
     quant_rule: Vec<String>,
     /// Weights that share a scale: 16, 32, 64, 128 or 256 of a row [default: the scheme's]

@@ -108,7 +108,7 @@ impl Lowerer<'_> {
         }
         let block = scheme.block_size();
         let inputs = width(&up.1);
-        if inputs % block != 0 {
+        if !inputs.is_multiple_of(block) {
             return Ok(Form::Refused(format!("{inputs} columns are no whole number of blocks of {block}")));
         }
         // The second projection's last block is filled up with zeros, so that many more rows of the first one, whatever
