@@ -23,9 +23,10 @@
 //!
 //! Beside the pipeline: [`graph`] is the form of both graphs and their symbolic shapes, [`weight`] the language of
 //! transforms, [`quantize`] the arithmetic that turns matrices into small integers, [`encoding`] how quantised
-//! checkpoints store theirs, [`opset`] the operators and targets as data, [`onnx`] the file format's messages; [`runtime`] finds onnxruntime, [`session`] runs a built
-//! directory, [`generate`] continues text with it, [`bench`] measures it, [`diff`] compares two, [`synth`] makes
-//! random checkpoints of a model's shapes, [`interrupt`] hears Ctrl-C, [`cli`] is the program.
+//! checkpoints store theirs, [`opset`] the operators and targets as data, [`onnx`] the file format's messages;
+//! [`runtime`] finds onnxruntime, [`session`] runs a built directory, [`generate`] continues text with it, [`bench`]
+//! measures it, [`quant_report`] compares ways to quantise, [`diff`] compares two directories, [`synth`] makes random
+//! checkpoints of a model's shapes, [`interrupt`] hears Ctrl-C, [`cli`] is the program.
 //!
 //! # Invariants
 //!
@@ -77,6 +78,7 @@ pub mod interrupt;
 pub mod lower;
 pub mod onnx;
 pub mod opset;
+pub mod quant_report;
 pub mod quantize;
 pub mod read;
 pub mod recipe;

@@ -42,6 +42,7 @@ const PIPELINE: [&str; 34] = [
     "verify",
     "generate",
     "bench",
+    "quant_report",
     "inspect",
     "diff",
     "cli",

@@ -11,7 +11,7 @@ use serde::Serialize;
 const INTERVAL: Duration = Duration::from_millis(5);
 
 /// The machine, as far as the system tells.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Clone, Serialize)]
 pub struct Machine {
     /// Name of the processor.
     pub cpu: Option<String>,
@@ -23,7 +23,7 @@ pub struct Machine {
 
 impl Machine {
     /// This one.
-    pub(super) fn this() -> Self {
+    pub(crate) fn this() -> Self {
         let listed = fs::read_to_string("/proc/cpuinfo").ok();
         let listed = listed.as_deref().and_then(|text| field(text, "model name")).map(str::to_owned);
         Self {

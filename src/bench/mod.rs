@@ -124,6 +124,9 @@ struct Round {
     decode: f64,
 }
 
+/// The rounds of one directory, for each number of tokens in the cache.
+type ByPast = Vec<Vec<Round>>;
+
 /// A directory in onnxruntime.
 struct Loaded {
     decoder: Decoder,
@@ -166,16 +169,7 @@ pub fn run(
             }
         }
     }
-    let mut loaded = Vec::new();
-    for dir in dirs {
-        loaded.push(Loaded::new(Decoder::open(dir, &plan.session())?, dir, plan)?);
-    }
-    let mut rounds: Vec<Vec<Vec<Round>>> = vec![Vec::new(); dirs.len()];
-    for past in &plan.past {
-        for (of_model, found) in rounds.iter_mut().zip(measure(&mut loaded, *past, plan)?) {
-            of_model.push(found);
-        }
-    }
+    let (loaded, rounds) = rounds(dirs, plan)?;
     let models: Vec<Model> = dirs
         .iter()
         .zip(&loaded)
@@ -195,6 +189,32 @@ pub fn run(
     let threads = (plan.threads > 0).then_some(plan.threads);
     let Plan { prompt_tokens, new_tokens, repeat, .. } = *plan;
     Ok(Report { runtime, machine: Machine::this(), threads, prompt_tokens, new_tokens, repeat, models, ratio })
+}
+
+/// The speeds of directories that share this process, measured in turns: for each the points of the plan's pasts.
+/// onnxruntime has to be loaded.
+///
+/// # Errors
+/// As [`run`].
+pub fn speeds(dirs: &[PathBuf], plan: &Plan) -> Result<Vec<Vec<Point>>> {
+    plan.check(dirs)?;
+    let (_, rounds) = rounds(dirs, plan)?;
+    Ok(rounds.iter().map(|rounds| points(plan, rounds)).collect())
+}
+
+/// The directories in onnxruntime, and for each its rounds by past.
+fn rounds(dirs: &[PathBuf], plan: &Plan) -> Result<(Vec<Loaded>, Vec<ByPast>)> {
+    let mut loaded = Vec::new();
+    for dir in dirs {
+        loaded.push(Loaded::new(Decoder::open(dir, &plan.session())?, dir, plan)?);
+    }
+    let mut rounds: Vec<ByPast> = vec![Vec::new(); dirs.len()];
+    for past in &plan.past {
+        for (of_model, found) in rounds.iter_mut().zip(measure(&mut loaded, *past, plan)?) {
+            of_model.push(found);
+        }
+    }
+    Ok((loaded, rounds))
 }
 
 /// Every other round the other way round, so that none is always the one behind the pause.

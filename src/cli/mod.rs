@@ -8,6 +8,7 @@ mod diff;
 mod generate;
 mod inspect;
 mod output;
+mod quant_report;
 mod quantization;
 mod repo;
 mod runtime;
@@ -47,6 +48,7 @@ enum Command {
     Generate(generate::Generate),
     Diff(diff::Diff),
     Bench(bench::Bench),
+    QuantReport(quant_report::QuantReport),
     Templates(templates::Templates),
     Scaffold(scaffold::Scaffold),
     Runtime(runtime::Runtime),
@@ -65,8 +67,9 @@ pub fn main() -> ExitCode {
     crate::guard::hush();
     let mut output = Output::new(cli.json);
     let result = match cli.command {
-        // The only command that leaves something behind when it is cut short; the others end at once.
+        // Those that build leave something behind when they are cut short; the others end at once.
         Command::Build(command) => crate::interrupt::install().and_then(|()| command.run(&mut output)),
+        Command::QuantReport(command) => crate::interrupt::install().and_then(|()| command.run(&mut output)),
         Command::Verify(command) => command.run(&mut output),
         Command::Inspect(command) => command.run(&mut output),
         Command::Generate(command) => command.run(&mut output),

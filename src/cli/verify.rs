@@ -12,7 +12,8 @@ use crate::verify::{Options, Report, against_golden, consistency};
 /// Run a built model in onnxruntime and compare it with its reference.
 ///
 /// With a golden, every scenario (prefill, both paddings, decoding through the cache, chunks, greedy tokens) is compared
-/// with what the reference computed. Without one, they are compared with the model's own full run.
+/// with what the reference computed. Without one, they are compared with the model's own full run. A quantised build is
+/// held to the bar of its scheme, and the report says what it lost: in divergence, in perplexity, and in which layers.
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  hf2onnx verify out/kjv --golden golden/kjv-llama/golden.safetensors\n\n\
     The exit code is 1 when it does not hold.")]
@@ -28,6 +29,9 @@ pub(super) struct Verify {
     /// Also measure the perplexity over a text
     #[arg(long, value_name = "FILE")]
     text: Option<PathBuf>,
+    /// A float build of the same model: what a quantised one is compared with on the text
+    #[arg(long, value_name = "DIR")]
+    reference: Option<PathBuf>,
     /// Threads within an operator [default: as many as cores]
     #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
     threads: usize,
@@ -48,7 +52,8 @@ impl Verify {
         let Provider::Cpu = self.provider;
         let golden = self.golden.as_deref().map(Golden::read).transpose()?;
         self.runtime.ensure(output)?;
-        let options = Options { threads: self.threads, text: self.text, tolerance: None };
+        let options =
+            Options { threads: self.threads, text: self.text, reference: self.reference, ..Options::default() };
         let report = match &golden {
             Some(golden) => against_golden(&self.dir, golden, &options)?,
             None => consistency(&self.dir, None, &options)?,
@@ -77,6 +82,11 @@ pub(super) fn judge(report: &Report) -> Result<()> {
             [] => "nothing could be compared".to_owned(),
             failed => format!("{} do not hold", failed.join(", ")),
         });
+    if let Some(cost) = &report.cost {
+        let layers = cost.layers.iter().take(3).map(ToString::to_string).collect::<Vec<_>>().join(", ");
+        let help = if layers.is_empty() { layers } else { format!("what costs most: {layers}") };
+        return Err(error.expected(format!("at most {}", cost.bar)).help(help));
+    }
     let layer = report.divergence.as_ref().map(|d| d.message.as_str());
     Err(error
         .expected(format!("differences within {:.0e} of the largest logit", report.tolerance))

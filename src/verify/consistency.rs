@@ -5,11 +5,14 @@ use std::path::Path;
 use rand::{Rng as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
 
+use super::bar::Bar;
+use super::cost::Cost;
 use super::metrics::Logits;
 use super::report::{Kind, Outcome, Report};
 use super::scenario::{Continuation, Prompt, Scenario, compare_rows, continue_greedily, run, run_rows_alone};
 use super::{
-    GREEDY_TOKENS, Options, divergence, element_of, failed, folder_of, judge_greedy, judged, perplexity, promised,
+    GREEDY_TOKENS, Options, WINDOW, cost, divergence, element_of, failed, folder_of, judge_greedy, judged, perplexity,
+    promised,
 };
 use crate::error::{Code, Error, Result};
 use crate::session::{Decoder, IntMatrix};
@@ -46,6 +49,7 @@ pub fn consistency(model: &Path, other: Option<&Path>, options: &Options) -> Res
         tolerance,
         scenarios: Vec::new(),
         perplexity: Vec::new(),
+        cost: Cost::of(model, options),
         divergence: None,
         notes: note.into_iter().collect(),
     };
@@ -53,25 +57,45 @@ pub fn consistency(model: &Path, other: Option<&Path>, options: &Options) -> Res
         report.scenarios.push(against(scenario.name(), "full run", got, &own, &prompt, *scenario, tolerance));
     }
     report.scenarios.push(greedy("greedy", "full run", &results.greedy, &recomputed, &report));
-    if let Some(text) = &options.text {
+    let alone = report.cost.is_none() || options.reference.is_none();
+    if let Some(text) = options.text.as_ref().filter(|_| alone) {
         let tokenizer = Tokenizer::open(folder_of(model))?;
-        report.perplexity.push(perplexity::measure(
-            &mut decoder,
-            &tokenizer,
-            text,
-            perplexity::WINDOW,
-            None,
-            tolerance,
-        )?);
+        report.perplexity.push(perplexity::measure(&mut decoder, &tokenizer, text, WINDOW, None, tolerance)?);
     }
     drop(decoder);
     if let Some(other) = other {
         compare_with(other, &results, &prompt, options, &mut report)?;
     }
-    if !report.holds() {
+    judge_quantised(&mut report);
+    cost::add(model, None, &prompt, options, &mut report)?;
+    if !report.holds() && report.cost.is_none() {
         find_divergence(model, other, &prompt, options, &mut report);
     }
     Ok(report)
+}
+
+/// Every way of running a quantised model against its rows run alone. The bar of a scheme is wide, that of one set of
+/// weights against itself is not: what is wrong with a cache or with padding shows here.
+pub(super) fn own_runs(decoder: &mut Decoder, prompt: &Prompt, scenarios: &[Scenario]) -> Result<Vec<Outcome>> {
+    let own = run_rows_alone(decoder, prompt)?.logits;
+    let judged = scenarios.iter().filter(|scenario| **scenario != Scenario::Prefill).map(|scenario| {
+        let got = run(decoder, prompt, *scenario).map(|run| run.logits);
+        let name = format!("{}, itself", scenario.name());
+        let mut outcome = against(&name, "full run", &got, &own, prompt, *scenario, 0.0);
+        Bar::of_bits(8).judge(&mut outcome);
+        outcome
+    });
+    Ok(judged.collect())
+}
+
+/// A quantised build is held to its bar where the other is a float one. Its own runs have the same weights: they differ
+/// by what rounding activations to 8 bits does when they come in other company.
+fn judge_quantised(report: &mut Report) {
+    let Some(bar) = report.cost.as_ref().map(|cost| cost.bar) else { return };
+    for outcome in &mut report.scenarios {
+        let bar = if outcome.against == "primitive" { bar } else { Bar::of_bits(8) };
+        bar.judge(outcome);
+    }
 }
 
 fn run_all(decoder: &mut Decoder, prompt: &Prompt, scenarios: &[Scenario]) -> Results {

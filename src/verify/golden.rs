@@ -2,11 +2,13 @@
 
 use std::path::Path;
 
+use super::cost::Cost;
 use super::metrics::{Comparison, Logits};
 use super::report::{Kind, Outcome, Perplexity, Report, Verdict};
 use super::scenario::{Prompt, Scenario, compare_rows, continue_greedily, run, steps_of};
 use super::{
-    GREEDY_TOKENS, Options, divergence, element_of, failed, folder_of, judge_greedy, judged, perplexity, promised,
+    GREEDY_TOKENS, Options, WINDOW, consistency, cost, divergence, element_of, failed, folder_of, judge_greedy, judged,
+    perplexity, promised,
 };
 use crate::element::ElementType;
 use crate::error::Result;
@@ -32,20 +34,27 @@ pub fn against_golden(model: &Path, golden: &Golden, options: &Options) -> Resul
         tolerance,
         scenarios: Vec::new(),
         perplexity: Vec::new(),
+        cost: Cost::of(model, options),
         divergence: None,
         notes: Vec::new(),
     };
     let reference = Logits::from_tensor(&golden.logits);
     let (scenarios, note) = promised(model);
     report.notes.extend(note);
-    for scenario in scenarios {
+    for scenario in scenarios.iter().copied() {
         let outcome = check(&mut decoder, golden, &reference, &prompt, scenario, tolerance);
         report.scenarios.push(outcome.unwrap_or_else(|e| failed(scenario.name(), "golden", &e)));
     }
     report.scenarios.extend(check_greedy(&mut decoder, golden, &prompt, (element, tolerance)));
+    if let Some(bar) = report.cost.as_ref().map(|cost| cost.bar) {
+        report.scenarios.iter_mut().for_each(|outcome| bar.judge(outcome));
+        report.scenarios.extend(consistency::own_runs(&mut decoder, &prompt, &scenarios)?);
+    }
     check_texts(&mut decoder, model, golden, options, &mut report)?;
     drop(decoder);
-    if !report.holds() {
+    cost::add(model, Some(golden), &prompt, options, &mut report)?;
+    // Every layer of a quantised build departs; its cost says by how much.
+    if !report.holds() && report.cost.is_none() {
         find_divergence(model, golden, &prompt, options, &mut report);
     }
     Ok(report)
@@ -124,9 +133,9 @@ fn check_texts(
 ) -> Result<()> {
     let folders = [folder_of(model), golden.path.parent().unwrap_or(model)];
     let own = folders.iter().find(|f| f.join("tokenizer.json").is_file()).copied();
-    let tolerance = report.tolerance;
+    let tolerance = report.cost.as_ref().map_or(report.tolerance, |cost| cost.bar.perplexity);
     if let Some(Evaluation { text, nll_per_token, window }) = golden.evaluation() {
-        let window = window.unwrap_or(perplexity::WINDOW);
+        let window = window.unwrap_or(WINDOW);
         let measured: Option<Result<Perplexity>> = own.filter(|_| text.is_file()).map(|folder| {
             perplexity::measure(decoder, &Tokenizer::open(folder)?, &text, window, Some(nll_per_token), tolerance)
         });
@@ -140,9 +149,11 @@ fn check_texts(
             }
         }
     }
-    if let Some(text) = &options.text {
+    // A reference build says more about a quantised model than its perplexity alone.
+    let alone = report.cost.is_none() || options.reference.is_none();
+    if let Some(text) = options.text.as_ref().filter(|_| alone) {
         let tokenizer = Tokenizer::open(own.unwrap_or(folder_of(model)))?;
-        report.perplexity.push(perplexity::measure(decoder, &tokenizer, text, perplexity::WINDOW, None, tolerance)?);
+        report.perplexity.push(perplexity::measure(decoder, &tokenizer, text, WINDOW, None, tolerance)?);
     }
     Ok(())
 }

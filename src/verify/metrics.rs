@@ -66,6 +66,10 @@ pub struct Comparison {
     pub kl_max: f64,
     /// Share of positions where both put the same token first.
     pub top1: f64,
+    /// Norm of the difference by that of the reference's logits, both without their means, which change no probability.
+    pub error: f64,
+    /// Mean of [`information`] over the reference's positions.
+    pub information: f64,
 }
 
 /// Compares pairs of (model's, reference's) logits; `None` when there are none.
@@ -73,6 +77,7 @@ pub fn compare<'a>(pairs: impl Iterator<Item = (&'a [f32], &'a [f32])>) -> Optio
     let (mut count, mut values) = (0_u32, 0.0_f64);
     let (mut max, mut sum, mut largest) = (0.0_f64, 0.0_f64, 0.0_f64);
     let (mut kl_sum, mut kl_max, mut same) = (0.0_f64, 0.0_f64, 0_u32);
+    let (mut energy, mut known) = (Energy::default(), 0.0);
     for (got, want) in pairs {
         // A graph may pad its vocabulary; entries that the reference has not are not compared.
         for (g, w) in got.iter().zip(want) {
@@ -90,6 +95,8 @@ pub fn compare<'a>(pairs: impl Iterator<Item = (&'a [f32], &'a [f32])>) -> Optio
         kl_sum += kl;
         kl_max = if kl.is_nan() || kl > kl_max { kl } else { kl_max };
         same += u32::from(argmax(got.get(..want.len()).unwrap_or(got)) == argmax(want));
+        energy += Energy::of(want, got);
+        known += information(want);
         count += 1;
     }
     if count == 0 {
@@ -103,20 +110,79 @@ pub fn compare<'a>(pairs: impl Iterator<Item = (&'a [f32], &'a [f32])>) -> Optio
         kl_mean: kl_sum / f64::from(count),
         kl_max,
         top1: f64::from(same) / f64::from(count),
+        error: energy.error(),
+        information: known / f64::from(count),
     })
 }
 
-/// Kullback-Leibler divergence KL(softmax(want) || softmax(got)).
-fn divergence(want: &[f32], got: &[f32]) -> f64 {
+/// True where both are the same infinity, as in the logits of tokens that a model excludes: there is no difference.
+pub(super) fn both_exclude(want: f32, got: f32) -> bool {
+    want.is_infinite() && got.is_infinite() && want.is_sign_negative() == got.is_sign_negative()
+}
+
+/// Squared norms, each of values without their mean.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub(super) struct Energy {
+    /// Of the reference.
+    pub(super) reference: f64,
+    /// Of the difference from it.
+    pub(super) difference: f64,
+}
+
+impl Energy {
+    /// The energies of one position's logits.
+    pub(super) fn of(want: &[f32], got: &[f32]) -> Self {
+        let (mut count, mut values, mut differences) = (0.0_f64, (0.0_f64, 0.0_f64), (0.0_f64, 0.0_f64));
+        for (w, g) in want.iter().zip(got).filter(|(w, g)| !both_exclude(**w, **g)) {
+            let (w, d) = (f64::from(*w), f64::from(*g) - f64::from(*w));
+            values = (values.0 + w, values.1 + w * w);
+            differences = (differences.0 + d, differences.1 + d * d);
+            count += 1.0;
+        }
+        let without_mean = |(sum, squares): (f64, f64)| {
+            let rest = squares - sum * sum / f64::max(count, 1.0);
+            // Rounding may leave a tiny negative number; NaN stays.
+            if rest < 0.0 { 0.0 } else { rest }
+        };
+        Self { reference: without_mean(values), difference: without_mean(differences) }
+    }
+
+    /// Norm of the difference by that of the reference; 0 where both are 0.
+    pub(super) fn error(&self) -> f64 {
+        if self.difference == 0.0 { 0.0 } else { (self.difference / self.reference).sqrt() }
+    }
+}
+
+impl std::ops::AddAssign for Energy {
+    fn add_assign(&mut self, other: Self) {
+        self.reference += other.reference;
+        self.difference += other.difference;
+    }
+}
+
+/// Kullback-Leibler divergence KL(softmax(want) || softmax(got)) in nats.
+pub(super) fn divergence(want: &[f32], got: &[f32]) -> f64 {
     let got = got.get(..want.len()).unwrap_or(got);
     let (normal_want, normal_got) = (log_sum_exp(want), log_sum_exp(got));
     let terms = want.iter().zip(got).map(|(w, g)| {
         let log_want = f64::from(*w) - normal_want;
-        log_want.exp() * (log_want - (f64::from(*g) - normal_got))
+        let probability = log_want.exp();
+        // The limit, where a difference of infinities would be no number.
+        if probability == 0.0 { 0.0 } else { probability * (log_want - (f64::from(*g) - normal_got)) }
     });
     // Rounding may leave a tiny negative number; NaN stays.
     let sum: f64 = terms.sum();
     if sum < 0.0 { 0.0 } else { sum }
+}
+
+/// What a distribution says: by how many nats its entropy lies below that of a uniform choice.
+pub(super) fn information(logits: &[f32]) -> f64 {
+    let normal = log_sum_exp(logits);
+    let terms = logits.iter().map(|logit| {
+        let log = f64::from(*logit) - normal;
+        if log == f64::NEG_INFINITY { 0.0 } else { log.exp() * log }
+    });
+    terms.sum::<f64>() + f64::from(u32::try_from(logits.len()).unwrap_or(u32::MAX)).ln()
 }
 
 /// log(sum(exp(x))).

@@ -1,22 +1,32 @@
 //! Verification: a built model is run in onnxruntime and compared with what the reference computed, or, where there is
 //! no reference, with itself run in other ways. A report never claims more than the kind of comparison that was made.
 
+mod bar;
 mod consistency;
+mod cost;
 mod divergence;
 mod golden;
+mod layers;
 pub mod metrics;
 mod perplexity;
+mod quality;
 mod report;
 pub mod scenario;
+mod windows;
 
 use std::path::{Path, PathBuf};
 
 use crate::element::ElementType;
 use crate::session::{self, Decoder};
 
+pub use bar::{Bar, Quantisation};
 pub use consistency::consistency;
+pub use cost::{Compared, Cost, prompt_windows, size_on_disk};
 pub use golden::against_golden;
+pub use layers::LayerError;
+pub use quality::{Loss, PerplexityChange, Quality, Tally, compare_builds};
 pub use report::{Divergence, Greedy, Kind, Outcome, Perplexity, Report, Verdict};
+pub use windows::{WINDOW, Window, text_windows};
 
 use metrics::{Comparison, compare};
 use scenario::{Continuation, Scenario};
@@ -33,6 +43,10 @@ pub struct Options {
     pub text: Option<PathBuf>,
     /// Replaces the tolerance of the model's element type.
     pub tolerance: Option<f64>,
+    /// A float build of the same model, which a quantised one is compared with on the text.
+    pub reference: Option<PathBuf>,
+    /// Replaces the bar of the model's quantisation; a float build is then judged as if it were quantised.
+    pub bar: Option<Bar>,
 }
 
 impl Options {

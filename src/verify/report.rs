@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use serde::Serialize;
 use serde::ser::SerializeStruct as _;
 
+use super::cost::Cost;
 use super::metrics::Comparison;
 use crate::element::ElementType;
 
@@ -50,7 +51,7 @@ impl Verdict {
         if difference <= tolerance { Self::Holds } else { Self::Fails }
     }
 
-    fn as_str(self) -> &'static str {
+    pub(super) fn as_str(self) -> &'static str {
         match self {
             Self::Holds => "holds",
             Self::NearTie => "near tie",
@@ -144,6 +145,8 @@ pub struct Report {
     pub scenarios: Vec<Outcome>,
     /// Perplexities.
     pub perplexity: Vec<Perplexity>,
+    /// What quantisation cost, in a quantised build: then its bar judges, not the tolerance.
+    pub cost: Option<Cost>,
     /// The first layer that departs, if something failed.
     pub divergence: Option<Divergence>,
     /// Checks that could not be made.
@@ -156,7 +159,7 @@ impl Report {
         let scenarios = self.scenarios.iter().map(|s| s.verdict);
         let mut all = scenarios.chain(self.perplexity.iter().map(|p| p.verdict));
         let compared = self.scenarios.iter().any(|s| matches!(s.verdict, Verdict::Holds | Verdict::NearTie));
-        compared && all.all(|v| v != Verdict::Fails)
+        compared && all.all(|v| v != Verdict::Fails) && self.cost.as_ref().is_none_or(|cost| cost.failures().is_empty())
     }
 
     /// The scenarios and texts that failed.
@@ -165,13 +168,14 @@ impl Report {
         let names = failed.map(|s| s.scenario.clone());
         names
             .chain(self.perplexity.iter().filter(|p| p.verdict == Verdict::Fails).map(|_| "perplexity".into()))
+            .chain(self.cost.iter().flat_map(Cost::failures))
             .collect()
     }
 }
 
 impl Serialize for Report {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut s = serializer.serialize_struct("Report", 10)?;
+        let mut s = serializer.serialize_struct("Report", 11)?;
         s.serialize_field("kind", &self.kind)?;
         s.serialize_field("holds", &self.holds())?;
         s.serialize_field("model", &self.model)?;
@@ -180,6 +184,7 @@ impl Serialize for Report {
         s.serialize_field("tolerance", &self.tolerance)?;
         s.serialize_field("scenarios", &self.scenarios)?;
         s.serialize_field("perplexity", &self.perplexity)?;
+        s.serialize_field("cost", &self.cost)?;
         s.serialize_field("divergence", &self.divergence)?;
         s.serialize_field("notes", &self.notes)?;
         s.end()
@@ -196,7 +201,11 @@ impl fmt::Display for Report {
         let mut rows = vec![header.to_vec()];
         rows.extend(self.scenarios.iter().map(Outcome::cells));
         write_table(f, &rows)?;
-        writeln!(f, "differences are relative to the largest reference logit; {:.0e} is allowed", self.tolerance)?;
+        write!(f, "differences are relative to the largest reference logit; ")?;
+        match &self.cost {
+            Some(cost) => writeln!(f, "{} is allowed", cost.bar)?,
+            None => writeln!(f, "{:.0e} is allowed", self.tolerance)?,
+        }
         for outcome in &self.scenarios {
             if let Some(note) = &outcome.note {
                 writeln!(f, "{}: {note}", outcome.scenario)?;
@@ -208,6 +217,9 @@ impl fmt::Display for Report {
                 write!(f, ", reference {reference:.4}, relative difference {difference:.1e}: {}", p.verdict.as_str())?;
             }
             writeln!(f)?;
+        }
+        if let Some(cost) = &self.cost {
+            write!(f, "{cost}")?;
         }
         for note in &self.notes {
             writeln!(f, "note: {note}")?;
@@ -264,7 +276,16 @@ mod tests {
     use super::*;
 
     fn report(verdicts: &[Verdict]) -> Report {
-        let comparison = Comparison { positions: 24, max: 1.2e-6, mean: 1e-7, kl_mean: 0.0, kl_max: 3e-9, top1: 1.0 };
+        let comparison = Comparison {
+            positions: 24,
+            max: 1.2e-6,
+            mean: 1e-7,
+            kl_mean: 0.0,
+            kl_max: 3e-9,
+            top1: 1.0,
+            error: 0.0,
+            information: 4.0,
+        };
         let outcome = |v: &Verdict| Outcome {
             scenario: "prefill".into(),
             against: "golden".into(),
@@ -281,6 +302,7 @@ mod tests {
             tolerance: 1e-4,
             scenarios: verdicts.iter().map(outcome).collect(),
             perplexity: Vec::new(),
+            cost: None,
             divergence: None,
             notes: Vec::new(),
         }

@@ -7,6 +7,7 @@ pub mod hub;
 pub mod models;
 pub mod python;
 pub mod quantized;
+pub mod rounding;
 pub mod weights;
 
 use std::error::Error;

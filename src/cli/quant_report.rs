@@ -1,0 +1,265 @@
+//! `hf2onnx quant-report`.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+
+use super::{Output, RuntimeOption, repo};
+use crate::bench;
+use crate::build::Logits;
+use crate::compile::{self, Weights, compile};
+use crate::element::ElementType;
+use crate::error::{Code, Error, Result};
+use crate::generate::defaults::Defaults;
+use crate::golden::Golden;
+use crate::lower::Padding;
+use crate::opset::Target;
+use crate::quant_report::{Entry, Plan, Tokens, page, run};
+use crate::quantize;
+use crate::recipe::{Changes, Recipe};
+use crate::tokenizer::Tokenizer;
+use crate::verify::scenario::Prompt;
+use crate::verify::{WINDOW, Window, prompt_windows, text_windows};
+use crate::write::Force;
+
+/// Compare ways to quantise a model: size, what it loses, and speed.
+///
+/// Builds the model in float32 and by each scheme, runs all of them over the same text, and measures their speeds in
+/// turns. A scheme is a name that `build --quant` takes, and words after colons that change it: sym, asym, nearest,
+/// search, f16 (scales), a block size.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  hf2onnx quant-report golden/kjv-llama --html report.html\n  \
+    hf2onnx quant-report REPO --schemes int4:nearest,int4,q4-mixed --text eval.txt --with other=out/other")]
+pub(super) struct QuantReport {
+    /// A directory with config.json and safetensors files, or a model of the Hugging Face hub: org/name[@revision]
+    repo: PathBuf,
+    /// Schemes, in the order of the report
+    #[arg(long, value_name = "S,S", value_delimiter = ',', default_value = "q4,q4-mixed,int8")]
+    schemes: Vec<String>,
+    /// A directory built elsewhere, compared too (repeatable)
+    #[arg(long, value_name = "NAME=DIR")]
+    with: Vec<String>,
+    /// The text to compare on [default: that of the repository's golden, or the golden's rows]
+    #[arg(long, value_name = "FILE")]
+    text: Option<PathBuf>,
+    /// At most so many tokens of it
+    #[arg(long, value_name = "N")]
+    tokens: Option<usize>,
+    /// Write the report as a page that needs no network
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
+    /// Build into this directory and leave the builds there [default: a temporary one]
+    #[arg(long, value_name = "DIR")]
+    keep: Option<PathBuf>,
+    /// Which operators the graphs are made of
+    #[arg(long, default_value = "ort-cpu", value_parser = target)]
+    target: &'static Target,
+    /// Describe the model by this template instead of a built-in one
+    #[arg(long, value_name = "FILE")]
+    template: Option<PathBuf>,
+    /// A key of config.json that may stay unread (repeatable)
+    #[arg(long, value_name = "NAME")]
+    allow_unused_key: Vec<String>,
+    /// A tensor that may stay unread (repeatable)
+    #[arg(long, value_name = "NAME")]
+    allow_unused_tensor: Vec<String>,
+    /// Tokens of the prompt whose speed is measured
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    prompt_tokens: usize,
+    /// Tokens decoded after it
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    new_tokens: usize,
+    /// Rounds in which speed is measured; 0 leaves it out
+    #[arg(long, value_name = "N", default_value_t = 5)]
+    repeat: usize,
+    /// Threads within an operator [default: as many as cores]
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    threads: usize,
+    #[command(flatten)]
+    runtime: RuntimeOption,
+}
+
+fn target(name: &str) -> Result<&'static Target, String> {
+    Target::named(name).map_err(|e| e.expected)
+}
+
+impl QuantReport {
+    /// Runs the command.
+    pub(super) fn run(self, output: &mut Output) -> Result<()> {
+        let recipes = self.schemes.iter().map(|scheme| Ok((scheme.as_str(), recipe(scheme)?)));
+        let recipes = recipes.collect::<Result<Vec<_>>>()?;
+        let others = self.with.iter().map(|with| entry(with)).collect::<Result<Vec<_>>>()?;
+        check_names(&self.schemes, &others)?;
+        let repository = repo::directory(&self.repo, output)?;
+        let tokens = self.tokens(&repository)?;
+        let library = self.runtime.ensure(output)?;
+        let place = Place::new(self.keep.as_deref())?;
+        let build = |name: &str, recipe: Option<Recipe>| {
+            output.say(&format!("building {name}"));
+            let dir = place.path().join(name.replace(':', "-"));
+            let options = self.compile_options(&repository, recipe);
+            compile::write(&compile(&options)?, &options, &dir, Force::Yes, |_| {})?.commit()?;
+            Ok(Entry { name: name.to_owned(), dir })
+        };
+        let reference = build("float32", None)?;
+        let mut entries = Vec::new();
+        for (name, recipe) in recipes {
+            entries.push(build(name, Some(recipe))?);
+        }
+        entries.extend(others);
+        output.say("comparing");
+        let plan = Plan { threads: self.threads, speed: (self.repeat > 0).then(|| self.speed()) };
+        let report = run(self.model(), library.version, &reference, &entries, &tokens, &plan)?;
+        if let Some(path) = &self.html {
+            fs::write(path, page(&report)).map_err(|e| Error::io(path, &e))?;
+        }
+        if output.is_json() {
+            return output.value(&report);
+        }
+        output.piece(&report.to_string());
+        Ok(())
+    }
+
+    /// What the report calls the model: not where the user keeps it.
+    fn model(&self) -> String {
+        let folder = self.repo.file_name().filter(|_| self.repo.is_dir());
+        folder.map_or_else(|| self.repo.display().to_string(), |name| name.to_string_lossy().into_owned())
+    }
+
+    fn speed(&self) -> bench::Plan {
+        bench::Plan {
+            prompt_tokens: self.prompt_tokens,
+            new_tokens: self.new_tokens,
+            repeat: self.repeat,
+            past: vec![0],
+            threads: self.threads,
+            apart: false,
+        }
+    }
+
+    fn compile_options(&self, repository: &Path, recipe: Option<Recipe>) -> compile::Options {
+        compile::Options {
+            repository: repository.to_owned(),
+            template: self.template.clone(),
+            target: self.target,
+            element: ElementType::F32,
+            padding: Padding::Any,
+            logits: Logits::All,
+            max_length: None,
+            allowed_keys: self.allow_unused_key.clone(),
+            allowed_tensors: self.allow_unused_tensor.clone(),
+            weights: Weights::Pack { shard_size: None },
+            recipe,
+        }
+    }
+
+    /// The user's text, the golden's, or the golden's rows.
+    fn tokens(&self, repository: &Path) -> Result<Tokens> {
+        let golden = repository.join("golden.safetensors");
+        let golden = if golden.is_file() { Some(Golden::read(&golden)?) } else { None };
+        let recorded = golden.as_ref().and_then(Golden::evaluation).filter(|evaluation| evaluation.text.is_file());
+        let window = recorded.as_ref().and_then(|evaluation| evaluation.window).unwrap_or(WINDOW);
+        let window = window.min(Defaults::read(repository)?.context.unwrap_or(window));
+        let tokens = match (self.text.clone().or(recorded.map(|evaluation| evaluation.text)), golden) {
+            (Some(text), _) => {
+                let windows = text_windows(&Tokenizer::open(repository)?, &text, window)?;
+                let name = text.file_name().unwrap_or_default().to_string_lossy().into_owned();
+                Tokens { name, windows }
+            }
+            (None, Some(golden)) => {
+                let Golden { input_ids: ids, attention_mask: mask, position_ids: positions, .. } = golden;
+                let windows = prompt_windows(&Prompt { ids, mask, positions });
+                Tokens { name: "the golden's rows".to_owned(), windows }
+            }
+            (None, None) => {
+                return Err(Error::new(Code::UsageInvalid, "--text")
+                    .found("no text, and no golden.safetensors in the repository")
+                    .expected("a text to compare on")
+                    .help("give --text FILE: some pages of what the model is for"));
+            }
+        };
+        Ok(Tokens { windows: at_most(tokens.windows, self.tokens), ..tokens })
+    }
+}
+
+/// The first tokens of some windows.
+fn at_most(windows: Vec<Window>, most: Option<usize>) -> Vec<Window> {
+    let mut left = most.unwrap_or(usize::MAX);
+    let cut = windows.into_iter().map(|mut window| {
+        window.ids.truncate(left);
+        window.targets.truncate(left);
+        left -= window.ids.len();
+        window
+    });
+    cut.filter(|window| !window.ids.is_empty()).collect()
+}
+
+/// Where builds lie: the user's directory, or one that goes away.
+enum Place {
+    Kept(PathBuf),
+    Temporary(tempfile::TempDir),
+}
+
+impl Place {
+    fn new(keep: Option<&Path>) -> Result<Self> {
+        match keep {
+            Some(dir) => fs::create_dir_all(dir).map(|()| Self::Kept(dir.to_owned())).map_err(|e| Error::io(dir, &e)),
+            None => tempfile::tempdir().map(Self::Temporary).map_err(|e| Error::io(&std::env::temp_dir(), &e)),
+        }
+    }
+
+    fn path(&self) -> &Path {
+        match self {
+            Self::Kept(dir) => dir,
+            Self::Temporary(dir) => dir.path(),
+        }
+    }
+}
+
+/// `q4`, `int4:asym:64`.
+fn recipe(scheme: &str) -> Result<Recipe> {
+    let mut words = scheme.split(':');
+    let name = words.next().unwrap_or_default();
+    let mut changes = Changes::default();
+    for word in words {
+        match word {
+            "sym" => changes.symmetric = Some(true),
+            "asym" => changes.symmetric = Some(false),
+            "nearest" => changes.algorithm = Some(quantize::Algorithm::Nearest),
+            "search" => changes.algorithm = Some(quantize::Algorithm::Search),
+            "f16" => changes.scales = Some(quantize::ScaleType::Float16),
+            size => {
+                changes.block_size = Some(size.parse().map_err(|_| {
+                    Error::new(Code::UsageInvalid, "--schemes")
+                        .found(format!("`{word}` in `{scheme}`"))
+                        .expected("sym, asym, nearest, search, f16 or a block size after a scheme's name")
+                })?);
+            }
+        }
+    }
+    Recipe::new(name, &changes).map_err(|error| Error { subject: "--schemes".to_owned(), ..error })
+}
+
+/// `NAME=DIR`.
+fn entry(with: &str) -> Result<Entry> {
+    let parts = with.split_once('=').filter(|(name, dir)| !name.is_empty() && !dir.is_empty());
+    let (name, dir) = parts.ok_or_else(|| {
+        Error::new(Code::UsageInvalid, "--with").found(with).expected("NAME=DIR, such as other=out/dir")
+    })?;
+    Ok(Entry { name: name.to_owned(), dir: PathBuf::from(dir) })
+}
+
+/// Names are what rows and directories are told apart by.
+fn check_names(schemes: &[String], others: &[Entry]) -> Result<()> {
+    let mut seen = vec!["float32"];
+    for name in schemes.iter().map(String::as_str).chain(others.iter().map(|entry| entry.name.as_str())) {
+        if seen.contains(&name) {
+            return Err(Error::new(Code::UsageInvalid, "--schemes")
+                .found(format!("`{name}` twice"))
+                .expected("it once"));
+        }
+        seen.push(name);
+    }
+    Ok(())
+}
