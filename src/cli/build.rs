@@ -258,6 +258,9 @@ impl Build {
         let settings = Options::default();
         let mut report = if let Some(golden) = golden {
             against_golden(written.path(), golden, &settings)?
+        } else if options.recipe.is_some() {
+            // No float witness: what rounding costs is measured against a golden, or by `quant-report`.
+            consistency(written.path(), None, &settings)?
         } else {
             // The same specification in the plainest operators is an independent witness of the lowering.
             let other = compile::Options { target: Target::named("primitive")?, ..options.clone() };
