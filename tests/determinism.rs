@@ -7,8 +7,9 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use common::models::TARGETS;
-use common::{Case, TestResult, kjv_llama, scratch};
+use common::models::{TARGETS, build_with};
+use common::{Case, TestResult, cases, kjv_llama, scratch};
+use hf2onnx::compile::{Options, Weights};
 
 /// A plain model, one whose experts are stacked and interleaved, and one with a template of its own.
 const CASES: [&str; 3] = ["llama-sharded", "mixtral", "my_model"];
@@ -32,6 +33,36 @@ fn builds_are_the_same_byte_for_byte() -> TestResult {
         }
     }
     assert!(wrong.is_empty(), "\n{}", wrong.join("\n"));
+    Ok(())
+}
+
+/// Every case, and a few with linked weights, with one thread and with three.
+#[test]
+fn every_case_is_the_same_on_any_threads() -> TestResult {
+    let mut jobs = Vec::new();
+    for case in cases()? {
+        jobs.push((case.name.clone(), case.options("ort-cpu")?));
+    }
+    for name in CASES {
+        let options = Case::named(name)?.options("ort-cpu")?;
+        jobs.push((format!("{name}, linked"), Options { weights: Weights::Link { hash: false }, ..options }));
+    }
+    let threads = |count: usize| rayon::ThreadPoolBuilder::new().num_threads(count).build();
+    let (one, three) = (threads(1)?, threads(3)?);
+    let mut wrong = Vec::new();
+    for (name, options) in &jobs {
+        let built = |pool: &rayon::ThreadPool| -> TestResult<BTreeMap<String, Vec<u8>>> {
+            let place = tempfile::tempdir_in(scratch())?;
+            let output = place.path().join("out");
+            pool.install(|| build_with(options, &output))?;
+            let mut files = BTreeMap::new();
+            read_all(&output, "", &mut files)?;
+            Ok(files)
+        };
+        let (first, second) = (built(&one)?, built(&three)?);
+        wrong.extend(differences(&first, &second).map(|file| format!("{name}: {file}")));
+    }
+    assert!(wrong.is_empty() && jobs.len() > 100, "\n{}", wrong.join("\n"));
     Ok(())
 }
 
