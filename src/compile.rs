@@ -2,6 +2,7 @@
 
 mod manifest;
 
+use std::cell::OnceCell;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -13,12 +14,14 @@ use crate::build::{self, Logits};
 use crate::describe::{self, Description};
 use crate::element::ElementType;
 use crate::error::{Code, Error, Result};
+use crate::graph::Graph;
 use crate::lower::{self, Lowered, Padding, Precision, Stored};
 use crate::opset::Target;
 use crate::read::{Repository, hash_bytes};
 use crate::recipe::Recipe;
 use crate::scaffold;
 use crate::stage::stage;
+use crate::synth;
 use crate::write::{self, ConsumerFiles, DataFile, Force, Layout, LinkReport, Signature, Staging, data_name};
 use manifest::Manifest;
 
@@ -72,7 +75,7 @@ pub struct Compiled {
     /// What the model is.
     pub description: Description,
     /// The model as composite operations.
-    pub model: crate::graph::Graph<build::Model>,
+    pub model: Graph<build::Model>,
     /// The model as operators of the target.
     pub lowered: Lowered,
     /// Where its weights come from.
@@ -93,7 +96,11 @@ pub fn compile(options: &Options) -> Result<Compiled> {
 }
 
 /// Builds, lowers and binds a model that is described already.
-pub fn compile_description(repository: Repository, description: Description, options: &Options) -> Result<Compiled> {
+pub fn compile_description(
+    mut repository: Repository,
+    mut description: Description,
+    options: &Options,
+) -> Result<Compiled> {
     if !options.target.dtypes.contains(&options.element) {
         let names: Vec<String> = options.target.dtypes.iter().map(ToString::to_string).collect();
         return Err(Error::new(Code::UsageInvalid, format!("--dtype on target {}", options.target.name))
@@ -101,6 +108,7 @@ pub fn compile_description(repository: Repository, description: Description, opt
             .expected(names.join(", ")));
     }
     let model = stage!("build", build::decoder(&description.spec, options.logits))?;
+    stage!("read", recognise(&mut repository, &mut description, &model))?;
     let (rules, checkpoint) = (&description.rules, &repository.checkpoint);
     let parameters = stage!("bind", bind::parameters(&model, rules, checkpoint))?;
     let (stored, shard_size) = match options.weights {
@@ -117,6 +125,16 @@ pub fn compile_description(repository: Repository, description: Description, opt
     }
     let layout = stage!("plan", Layout::new(&plan, checkpoint, shard_size))?;
     Ok(Compiled { repository, description, model, lowered, plan, layout })
+}
+
+/// Quantised weights become the floats that the architecture has, and the keys that say so are accounted for.
+fn recognise(repository: &mut Repository, description: &mut Description, model: &Graph<build::Model>) -> Result<()> {
+    let shapes = OnceCell::new();
+    repository
+        .decode(&|name| shapes.get_or_init(|| synth::tensor_shapes(model, &description.rules)).get(name).cloned())?;
+    let keys = repository.checkpoint.catalogue().map(|catalogue| &catalogue.keys);
+    description.accounting.with_storage(repository.storage_keys(), keys);
+    Ok(())
 }
 
 /// What it takes to build and to load a model, in bytes.

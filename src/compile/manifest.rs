@@ -47,7 +47,7 @@ struct ParameterEntry {
 
 impl Manifest {
     pub(super) fn new(compiled: &Compiled, options: &Options, streamed: Streamed, graph: FileHash) -> Result<Self> {
-        let mut sources = hash_files(&[compiled.repository.dir.join("config.json")])?;
+        let mut sources = hash_files(&compiled.repository.configurations())?;
         let mut outputs = vec![graph];
         outputs.extend(streamed.outputs);
         // What is linked is both.

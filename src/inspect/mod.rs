@@ -61,7 +61,7 @@ pub struct Sizes {
     pub tensors: usize,
     /// Bytes of the repository's weight files.
     pub stored_bytes: u64,
-    /// Element types of the repository's tensors.
+    /// Element types of the repository's tensors, and formats of the quantised ones.
     pub stored_types: Vec<String>,
     /// Bytes of the weights as built.
     pub built_bytes: u64,
@@ -109,7 +109,7 @@ fn sizes(compiled: &Compiled, options: &Options) -> Sizes {
     let bound: std::collections::BTreeSet<&str> =
         compiled.plan.parameters.iter().flat_map(|parameter| parameter.weight.sources()).collect();
     let types: std::collections::BTreeSet<String> =
-        checkpoint.tensors().map(|tensor| tensor.dtype.to_string()).collect();
+        checkpoint.tensors().map(|tensor| checkpoint.storage(tensor)).collect();
     let (mut per_token, mut state) = (0, 0);
     let graph = &compiled.lowered.graph;
     for input in graph.inputs.iter().map(|id| graph.value(*id)).filter(|input| input.name.starts_with("past_")) {
