@@ -18,7 +18,7 @@ use crate::graph::Graph;
 use crate::lower::{self, Lowered, Padding, Precision, Stored};
 use crate::opset::Target;
 use crate::read::{Repository, hash_bytes};
-use crate::recipe::Recipe;
+use crate::recipe::{self, Quantization, Recipe};
 use crate::scaffold;
 use crate::stage::stage;
 use crate::synth;
@@ -48,7 +48,7 @@ pub struct Options {
     pub allowed_tensors: Vec<String>,
     /// Where the graph finds its weights.
     pub weights: Weights,
-    /// How matrices are quantised; not at all without it.
+    /// How matrices are quantised; without it they stay what they are, and so do those that a checkpoint has quantised.
     pub recipe: Option<Recipe>,
 }
 
@@ -82,6 +82,8 @@ pub struct Compiled {
     pub plan: Plan,
     /// Where they lie in the output.
     pub layout: Layout,
+    /// What was quantised, or left quantised.
+    pub quantization: Option<Quantization>,
 }
 
 /// Reads, describes, builds, lowers and binds a model.
@@ -115,8 +117,9 @@ pub fn compile_description(
         Weights::Link { .. } => (Some(bind::stored(&parameters, checkpoint)), None),
         Weights::Pack { shard_size } => (None, shard_size),
     };
-    let precision = options.recipe.as_ref().map(|recipe| recipe.precision(&model));
-    let lowering = options.lowering(stored.as_ref(), precision.as_ref());
+    let (recipe, kept) = (options.recipe.clone().unwrap_or_default(), recipe::Stored::new(&parameters, checkpoint));
+    let precision = recipe.precision(&model, kept.as_ref());
+    let lowering = options.lowering(stored.as_ref(), Some(&precision));
     let lowered = stage!("lower", lower::lower(&model, &lowering))?;
     let allowed = &options.allowed_tensors;
     let plan = stage!("plan", bind::plan(parameters, &lowered.graph, rules, checkpoint, allowed))?;
@@ -124,7 +127,15 @@ pub fn compile_description(
         recipe.check(&plan, &lowered.notes, &options.target.name)?;
     }
     let layout = stage!("plan", Layout::new(&plan, checkpoint, shard_size))?;
-    Ok(Compiled { repository, description, model, lowered, plan, layout })
+    let asked = kept.is_some() || options.recipe.is_some();
+    let quantization = asked.then(|| recipe.record(&plan, kept.as_ref()));
+    if options.recipe.as_ref().is_some_and(Recipe::is_stored) && kept.is_none() {
+        return Err(Error::new(Code::UsageInvalid, "--quant stored")
+            .found("a checkpoint that is not quantised")
+            .expected("a quantised one, whose integers can be kept")
+            .help("name a scheme to quantise with; --accuracy-level alone means --quant stored"));
+    }
+    Ok(Compiled { repository, description, model, lowered, plan, layout, quantization })
 }
 
 /// Quantised weights become the floats that the architecture has, and the keys that say so are accounted for.
@@ -175,7 +186,7 @@ pub fn write(
     let staging = Staging::new(output, force)?;
     let folder = staging.path().join("onnx");
     fs::create_dir_all(&folder).map_err(|error| Error::io(&folder, &error))?;
-    let name = options.file_name();
+    let name = compiled.file_name(options);
     let (plan, layout, checkpoint) = (&compiled.plan, &compiled.layout, &compiled.repository.checkpoint);
     let links = stage!("link", write::link(checkpoint, &layout.linked, &folder))?;
     let hash = matches!(options.weights, Weights::Pack { .. } | Weights::Link { hash: true });
@@ -225,23 +236,28 @@ impl Options {
     pub fn computed(&self) -> ElementType {
         self.target.compute.unwrap_or(self.element)
     }
+}
 
+impl Compiled {
     /// Name of the graph file; the suffixes are those by which transformers.js asks for a type.
-    fn file_name(&self) -> String {
-        let suffix = match (&self.recipe, self.element) {
-            (Some(recipe), _) => recipe.suffix(),
+    fn file_name(&self, options: &Options) -> String {
+        let suffix = match (self.suffix(), options.element) {
+            (Some(suffix), _) => suffix,
             (None, ElementType::F16) => "_fp16",
             (None, ElementType::BF16) => "_bf16",
             (None, _) => "",
         };
         format!("model{suffix}.onnx")
     }
-}
 
-impl Compiled {
+    /// What consumers call its integers, if it has any.
+    fn suffix(&self) -> Option<&'static str> {
+        self.quantization.as_ref().map(|quantization| quantization.suffix).filter(|suffix| !suffix.is_empty())
+    }
+
     /// The graph file.
     pub fn encode(&self, options: &Options) -> Vec<u8> {
-        let name = options.file_name();
+        let name = self.file_name(options);
         let location = |file: DataFile| match file {
             DataFile::Written(index) => data_name(&name, index),
             // Names inside a repository are written with `/` on every system.
@@ -273,9 +289,9 @@ impl Compiled {
         let attention = spec.layers.first().map(|layer| &layer.attention);
         let fused = self.lowered.graph.nodes.iter().filter(|node| node.op.op_type == "GroupQueryAttention").count();
         Signature {
-            onnx_file: format!("onnx/{}", options.file_name()),
+            onnx_file: format!("onnx/{}", self.file_name(options)),
             dtype: options.element,
-            quantized: options.recipe.as_ref().map(|recipe| recipe.suffix().trim_start_matches('_')),
+            quantized: self.suffix().map(|suffix| suffix.trim_start_matches('_')),
             cache: options.computed(),
             data_files: self.layout.written.len(),
             vocab_size: spec.vocab_size,

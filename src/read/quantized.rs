@@ -13,7 +13,9 @@ use super::header::quoted;
 use super::json::json_file;
 use super::path::contained;
 use crate::element::{ElementType, StoredType};
-use crate::encoding::{Catalogue, Configs, Logical, Parts, Role, Shapes, Stored, decode_rows};
+use crate::encoding::{
+    AffineRows, Catalogue, Configs, Layout, Logical, Parts, Role, Shapes, Stored, affine_rows, decode_rows,
+};
 use crate::error::{Code, Error, Result};
 use crate::weight::write_floats;
 
@@ -103,7 +105,7 @@ impl<'c> Held<'c> {
         let mut whole = Vec::new();
         for part in parts {
             if let Some(recent) = checkpoint.recent() {
-                whole.push((part.tensor.name.as_str(), recent.get(checkpoint, &part.tensor)?));
+                whole.push((part.tensor.name.as_str(), recent.part(checkpoint, &part.tensor)?));
             }
         }
         Ok(Self { checkpoint, whole })
@@ -124,27 +126,56 @@ pub(super) fn outside(tensor: &str, range: &Range<u64>) -> Error {
     Error::new(Code::WeightsCorrupt, quoted(tensor)).found(format!("no bytes {range:?}"))
 }
 
-/// Parts are asked for by many threads and for one piece of a weight after the other: the last ones are kept.
+/// What many threads ask for, for one piece of a weight after the other: the last parts, and the last matrices whose
+/// rows are found across their stored rows.
 #[derive(Debug, Default)]
-pub(super) struct Recent(Mutex<Vec<(String, Arc<Vec<u8>>)>>);
+pub(super) struct Recent(Mutex<Vec<Kept>>);
 
-/// Bytes that are kept; a larger part is kept alone.
-const KEPT: usize = 64 << 20;
+/// Bytes under the name of their tensor; the number of a matrix where it is not the part.
+#[derive(Debug)]
+struct Kept {
+    name: String,
+    matrix: Option<usize>,
+    size: u64,
+    /// Made by who comes first, while the others wait.
+    bytes: Arc<Mutex<Option<Arc<Vec<u8>>>>>,
+}
+
+/// Bytes that are kept; something larger is kept alone.
+const KEPT: u64 = 64 << 20;
 
 impl Recent {
-    fn get(&self, checkpoint: &Checkpoint, tensor: &Stored) -> Result<Arc<Vec<u8>>> {
-        // Held while reading, so that a part is read once however many threads want it.
-        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, bytes)) = kept.iter().find(|(name, _)| *name == tensor.name) {
+    fn part(&self, checkpoint: &Checkpoint, tensor: &Stored) -> Result<Arc<Vec<u8>>> {
+        let read = || checkpoint.part(&tensor.name, 0..tensor.bytes());
+        self.get((&tensor.name, None, tensor.bytes()), read)
+    }
+
+    fn get(
+        &self,
+        (name, matrix, size): (&str, Option<usize>, u64),
+        make: impl FnOnce() -> Result<Vec<u8>>,
+    ) -> Result<Arc<Vec<u8>>> {
+        let place = {
+            let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            let known = kept.iter().find(|kept| kept.name == name && kept.matrix == matrix);
+            if let Some(known) = known {
+                Arc::clone(&known.bytes)
+            } else {
+                let bytes = Arc::default();
+                kept.push(Kept { name: name.to_owned(), matrix, size, bytes: Arc::clone(&bytes) });
+                let mut total = kept.iter().fold(0, |total: u64, kept| total.saturating_add(kept.size));
+                while total > KEPT && kept.len() > 1 {
+                    total = total.saturating_sub(kept.remove(0).size);
+                }
+                bytes
+            }
+        };
+        let mut place = place.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(bytes) = place.as_ref() {
             return Ok(Arc::clone(bytes));
         }
-        let bytes = Arc::new(checkpoint.part(&tensor.name, 0..tensor.bytes())?);
-        kept.push((tensor.name.clone(), Arc::clone(&bytes)));
-        let mut total: usize = kept.iter().map(|(_, bytes)| bytes.len()).sum();
-        while total > KEPT && kept.len() > 1 {
-            let (_, oldest) = kept.remove(0);
-            total -= oldest.len();
-        }
+        let bytes = Arc::new(make()?);
+        *place = Some(Arc::clone(&bytes));
         Ok(bytes)
     }
 }
@@ -159,23 +190,70 @@ pub(super) fn stored_type(element: ElementType) -> StoredType {
 }
 
 impl Checkpoint {
+    /// Integers, scales and zero points of rows of a quantised weight, all axes but the last counted together.
+    ///
+    /// # Errors
+    /// A weight that has no such form, or is not quantised.
+    pub fn affine_rows(&self, tensor: &TensorInfo, rows: Range<usize>) -> Result<AffineRows> {
+        let Some(logical) = self.logical(tensor) else {
+            return Err(Error::new(Code::QuantizationUnsupported, quoted(&tensor.name)).found("no quantised weight"));
+        };
+        affine_rows(logical, &Held::new(self, logical)?, rows, None)
+    }
+
     /// Decodes the bytes of a quantised weight from `first` on, as its float type would be stored.
-    pub(super) fn decode(&self, logical: &Logical, first: u64, out: &mut [u8]) -> Result<()> {
-        let fault = |reason: String| Error::new(Code::WeightsCorrupt, quoted(&logical.name)).found(reason);
+    pub(super) fn decode(&self, logical: &Logical, mut first: u64, mut out: &mut [u8]) -> Result<()> {
+        let size = logical.dtype.size() as u64;
+        let row = (logical.columns() as u64).saturating_mul(size).max(1);
+        let (Layout::Transposed { rows: matrix }, Some(recent)) = (logical.encoding.layout, self.recent()) else {
+            return self.decode_into(logical, row, first, out);
+        };
+        // Rows of such a matrix are not worth decoding one by one.
+        let length = row.saturating_mul(matrix as u64).max(1);
+        while !out.is_empty() {
+            let (index, skipped) = (place(logical, first / length)?, place(logical, first % length)?);
+            let make = || {
+                let mut bytes = vec![0; place(logical, length)?];
+                self.decode_into(logical, row, first - first % length, &mut bytes).map(|()| bytes)
+            };
+            let bytes = recent.get((&logical.name, Some(index), length), make)?;
+            let piece = bytes.get(skipped..).unwrap_or_default();
+            let (now, rest) = out.split_at_mut(piece.len().min(out.len()));
+            if now.is_empty() {
+                return Err(short(logical));
+            }
+            now.copy_from_slice(piece.get(..now.len()).unwrap_or_default());
+            (first, out) = (first.saturating_add(now.len() as u64), rest);
+        }
+        Ok(())
+    }
+
+    fn decode_into(&self, logical: &Logical, row: u64, first: u64, out: &mut [u8]) -> Result<()> {
         let size = logical.dtype.size();
-        let row = (logical.columns() as u64).saturating_mul(size as u64).max(1);
         let end = first.saturating_add(out.len() as u64);
-        let at = |at: u64| usize::try_from(at).map_err(|_| fault(format!("{at} rows")));
-        let (start, rows) = (first / row, at(first / row)?..at(end.div_ceil(row))?);
+        let rows = place(logical, first / row)?..place(logical, end.div_ceil(row))?;
         let values = decode_rows(logical, &Held::new(self, logical)?, rows)?;
-        let skipped = at(first.saturating_sub(start.saturating_mul(row)))?;
+        let skipped = place(logical, first % row)?;
+        let fault = |reason: String| corrupt(logical).found(reason);
         if skipped == 0 && out.len() == values.len().saturating_mul(size) {
             return write_floats(&values, logical.dtype, out).map_err(fault);
         }
         let mut bytes = vec![0; values.len().saturating_mul(size)];
         write_floats(&values, logical.dtype, &mut bytes).map_err(fault)?;
         let wanted = bytes.get(skipped..skipped.saturating_add(out.len()));
-        out.copy_from_slice(wanted.ok_or_else(|| fault("fewer rows than its shape says".to_owned()))?);
+        out.copy_from_slice(wanted.ok_or_else(|| short(logical))?);
         Ok(())
     }
+}
+
+fn corrupt(logical: &Logical) -> Error {
+    Error::new(Code::WeightsCorrupt, quoted(&logical.name))
+}
+
+fn short(logical: &Logical) -> Error {
+    corrupt(logical).found("fewer rows than its shape says")
+}
+
+fn place(logical: &Logical, at: u64) -> Result<usize> {
+    usize::try_from(at).map_err(|_| corrupt(logical).found(format!("byte {at}")))
 }
