@@ -184,10 +184,19 @@ fn check(weight: &Weight, shape: &[usize], sources: &Sources, cuts: &[usize]) {
     check_origins(&evaluation, weight, &wanted);
 }
 
+/// True if nothing is computed or turned.
+fn moved(weight: &Weight) -> bool {
+    match weight {
+        Weight::Source(_) => true,
+        Weight::AddOne(_) | Weight::Transpose(_) => false,
+        Weight::Concat(_, parts) | Weight::Stack(parts) | Weight::Interleave(_, parts) => parts.iter().all(moved),
+        Weight::Split(_, of) | Weight::Reshape(_, of) => moved(of),
+    }
+}
+
 /// Where elements come from, which is known of all but those that are computed or turned.
 fn check_origins(evaluation: &Evaluation, weight: &Weight, wanted: &[f32]) {
-    let words = weight.to_string();
-    let moved = !words.contains("add_one") && !words.contains("transpose");
+    let moved = moved(weight);
     for (flat, wanted) in wanted.iter().enumerate() {
         match evaluation.origin(flat) {
             Some((name, at)) => {
