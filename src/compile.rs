@@ -2,6 +2,7 @@
 
 mod manifest;
 
+use std::cell::OnceCell;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -13,12 +14,14 @@ use crate::build::{self, Logits};
 use crate::describe::{self, Description};
 use crate::element::ElementType;
 use crate::error::{Code, Error, Result};
+use crate::graph::Graph;
 use crate::lower::{self, Lowered, Padding, Precision, Stored};
 use crate::opset::Target;
 use crate::read::{Repository, hash_bytes};
-use crate::recipe::Recipe;
+use crate::recipe::{self, Quantization, Recipe};
 use crate::scaffold;
 use crate::stage::stage;
+use crate::synth;
 use crate::write::{self, ConsumerFiles, DataFile, Force, Layout, LinkReport, Signature, Staging, data_name};
 use manifest::Manifest;
 
@@ -45,7 +48,7 @@ pub struct Options {
     pub allowed_tensors: Vec<String>,
     /// Where the graph finds its weights.
     pub weights: Weights,
-    /// How matrices are quantised; not at all without it.
+    /// How matrices are quantised; without it they stay what they are, and so do those that a checkpoint has quantised.
     pub recipe: Option<Recipe>,
 }
 
@@ -72,13 +75,15 @@ pub struct Compiled {
     /// What the model is.
     pub description: Description,
     /// The model as composite operations.
-    pub model: crate::graph::Graph<build::Model>,
+    pub model: Graph<build::Model>,
     /// The model as operators of the target.
     pub lowered: Lowered,
     /// Where its weights come from.
     pub plan: Plan,
     /// Where they lie in the output.
     pub layout: Layout,
+    /// What was quantised, or left quantised.
+    pub quantization: Option<Quantization>,
 }
 
 /// Reads, describes, builds, lowers and binds a model.
@@ -93,7 +98,11 @@ pub fn compile(options: &Options) -> Result<Compiled> {
 }
 
 /// Builds, lowers and binds a model that is described already.
-pub fn compile_description(repository: Repository, description: Description, options: &Options) -> Result<Compiled> {
+pub fn compile_description(
+    mut repository: Repository,
+    mut description: Description,
+    options: &Options,
+) -> Result<Compiled> {
     if !options.target.dtypes.contains(&options.element) {
         let names: Vec<String> = options.target.dtypes.iter().map(ToString::to_string).collect();
         return Err(Error::new(Code::UsageInvalid, format!("--dtype on target {}", options.target.name))
@@ -101,14 +110,16 @@ pub fn compile_description(repository: Repository, description: Description, opt
             .expected(names.join(", ")));
     }
     let model = stage!("build", build::decoder(&description.spec, options.logits))?;
+    stage!("read", recognise(&mut repository, &mut description, &model))?;
     let (rules, checkpoint) = (&description.rules, &repository.checkpoint);
     let parameters = stage!("bind", bind::parameters(&model, rules, checkpoint))?;
     let (stored, shard_size) = match options.weights {
         Weights::Link { .. } => (Some(bind::stored(&parameters, checkpoint)), None),
         Weights::Pack { shard_size } => (None, shard_size),
     };
-    let precision = options.recipe.as_ref().map(|recipe| recipe.precision(&model));
-    let lowering = options.lowering(stored.as_ref(), precision.as_ref());
+    let (recipe, kept) = (options.recipe.clone().unwrap_or_default(), recipe::Stored::new(&parameters, checkpoint));
+    let precision = recipe.precision(&model, kept.as_ref());
+    let lowering = options.lowering(stored.as_ref(), Some(&precision));
     let lowered = stage!("lower", lower::lower(&model, &lowering))?;
     let allowed = &options.allowed_tensors;
     let plan = stage!("plan", bind::plan(parameters, &lowered.graph, rules, checkpoint, allowed))?;
@@ -116,7 +127,25 @@ pub fn compile_description(repository: Repository, description: Description, opt
         recipe.check(&plan, &lowered.notes, &options.target.name)?;
     }
     let layout = stage!("plan", Layout::new(&plan, checkpoint, shard_size))?;
-    Ok(Compiled { repository, description, model, lowered, plan, layout })
+    let asked = kept.is_some() || options.recipe.is_some();
+    let quantization = asked.then(|| recipe.record(&plan, kept.as_ref()));
+    if options.recipe.as_ref().is_some_and(Recipe::is_stored) && kept.is_none() {
+        return Err(Error::new(Code::UsageInvalid, "--quant stored")
+            .found("a checkpoint that is not quantised")
+            .expected("a quantised one, whose integers can be kept")
+            .help("name a scheme to quantise with; --accuracy-level alone means --quant stored"));
+    }
+    Ok(Compiled { repository, description, model, lowered, plan, layout, quantization })
+}
+
+/// Quantised weights become the floats that the architecture has, and the keys that say so are accounted for.
+fn recognise(repository: &mut Repository, description: &mut Description, model: &Graph<build::Model>) -> Result<()> {
+    let shapes = OnceCell::new();
+    repository
+        .decode(&|name| shapes.get_or_init(|| synth::tensor_shapes(model, &description.rules)).get(name).cloned())?;
+    let keys = repository.checkpoint.catalogue().map(|catalogue| &catalogue.keys);
+    description.accounting.with_storage(repository.storage_keys(), keys);
+    Ok(())
 }
 
 /// What it takes to build and to load a model, in bytes.
@@ -157,7 +186,7 @@ pub fn write(
     let staging = Staging::new(output, force)?;
     let folder = staging.path().join("onnx");
     fs::create_dir_all(&folder).map_err(|error| Error::io(&folder, &error))?;
-    let name = options.file_name();
+    let name = compiled.file_name(options);
     let (plan, layout, checkpoint) = (&compiled.plan, &compiled.layout, &compiled.repository.checkpoint);
     let links = stage!("link", write::link(checkpoint, &layout.linked, &folder))?;
     let hash = matches!(options.weights, Weights::Pack { .. } | Weights::Link { hash: true });
@@ -207,23 +236,28 @@ impl Options {
     pub fn computed(&self) -> ElementType {
         self.target.compute.unwrap_or(self.element)
     }
+}
 
+impl Compiled {
     /// Name of the graph file; the suffixes are those by which transformers.js asks for a type.
-    fn file_name(&self) -> String {
-        let suffix = match (&self.recipe, self.element) {
-            (Some(recipe), _) => recipe.suffix(),
+    fn file_name(&self, options: &Options) -> String {
+        let suffix = match (self.suffix(), options.element) {
+            (Some(suffix), _) => suffix,
             (None, ElementType::F16) => "_fp16",
             (None, ElementType::BF16) => "_bf16",
             (None, _) => "",
         };
         format!("model{suffix}.onnx")
     }
-}
 
-impl Compiled {
+    /// What consumers call its integers, if it has any.
+    fn suffix(&self) -> Option<&'static str> {
+        self.quantization.as_ref().map(|quantization| quantization.suffix).filter(|suffix| !suffix.is_empty())
+    }
+
     /// The graph file.
     pub fn encode(&self, options: &Options) -> Vec<u8> {
-        let name = options.file_name();
+        let name = self.file_name(options);
         let location = |file: DataFile| match file {
             DataFile::Written(index) => data_name(&name, index),
             // Names inside a repository are written with `/` on every system.
@@ -255,9 +289,9 @@ impl Compiled {
         let attention = spec.layers.first().map(|layer| &layer.attention);
         let fused = self.lowered.graph.nodes.iter().filter(|node| node.op.op_type == "GroupQueryAttention").count();
         Signature {
-            onnx_file: format!("onnx/{}", options.file_name()),
+            onnx_file: format!("onnx/{}", self.file_name(options)),
             dtype: options.element,
-            quantized: options.recipe.as_ref().map(|recipe| recipe.suffix().trim_start_matches('_')),
+            quantized: self.suffix().map(|suffix| suffix.trim_start_matches('_')),
             cache: options.computed(),
             data_files: self.layout.written.len(),
             vocab_size: spec.vocab_size,

@@ -11,7 +11,7 @@
 //!
 //! ```text
 //! hub       org/name -> a snapshot in the Hugging Face cache, downloaded if need be
-//! read      repository -> config.json, safetensors shards (mapped, never loaded whole)
+//! read      repository -> config.json, safetensors shards (never loaded whole), quantised weights as floats
 //! describe  template + config -> ModelSpec, tensor rules, accounting of every key
 //! spec      THE WAIST: what the model is, layer by layer, plain typed data
 //! build     ModelSpec -> graph of composite operations, and the parameters that each one needs

@@ -34,6 +34,19 @@ pub enum Algorithm {
     /// The grid of the least weighted squared error, among the plain one, others around it, and what least squares
     /// make of them. Never worse than [`Algorithm::Nearest`] by that measure.
     Search,
+    /// None: integers, scales and zero points are those that a quantised checkpoint holds.
+    Stored,
+}
+
+/// What the zero points of stored integers are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ZeroPoints {
+    /// `2^(bits - 1)` throughout, and not stored.
+    Implicit,
+    /// Integers of as many bits.
+    Integers,
+    /// Floats of the type of the scales.
+    Floats,
 }
 
 /// How scales are stored. The integers are chosen for the scale that is stored.
@@ -52,6 +65,7 @@ pub enum ScaleType {
 pub struct Scheme {
     bits: u8,
     symmetric: bool,
+    float_zeros: bool,
     block_size: usize,
     algorithm: Algorithm,
     scales: ScaleType,
@@ -70,7 +84,16 @@ impl Scheme {
         if !matches!(block_size, 16 | 32 | 64 | 128 | 256) {
             return Err(format!("blocks of {block_size}: 16, 32, 64, 128 or 256 can be written"));
         }
-        Ok(Self { bits, symmetric, block_size, algorithm, scales: ScaleType::Float32 })
+        Ok(Self { bits, symmetric, float_zeros: false, block_size, algorithm, scales: ScaleType::Float32 })
+    }
+
+    /// How a checkpoint stores a matrix already.
+    ///
+    /// # Errors
+    /// As [`Self::new`]: what can not be written.
+    pub fn stored(bits: u8, block_size: usize, zeros: ZeroPoints, scales: ScaleType) -> Result<Self, String> {
+        let scheme = Self::new(bits, zeros == ZeroPoints::Implicit, block_size, Algorithm::Stored)?;
+        Ok(Self { float_zeros: zeros == ZeroPoints::Floats, scales, ..scheme })
     }
 
     /// The same with scales stored in another type.
@@ -93,6 +116,11 @@ impl Scheme {
     /// True where no zero points are stored.
     pub fn is_symmetric(&self) -> bool {
         self.symmetric
+    }
+
+    /// True where zero points are floats, one for each scale.
+    pub fn has_float_zeros(&self) -> bool {
+        self.float_zeros
     }
 
     /// Columns of a block.
@@ -133,7 +161,11 @@ impl Scheme {
 impl fmt::Display for Scheme {
     /// `int4 symmetric, blocks of 32`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let symmetry = if self.symmetric { "symmetric" } else { "asymmetric" };
+        let symmetry = match (self.symmetric, self.float_zeros) {
+            (true, _) => "symmetric",
+            (false, false) => "asymmetric",
+            (false, true) => "with float zero points",
+        };
         write!(f, "int{} {symmetry}, blocks of {}", self.bits, self.block_size)
     }
 }
@@ -196,6 +228,9 @@ pub fn quantize_rows(
     importance: Option<&[f32]>,
     scheme: &Scheme,
 ) -> Result<Blocks, String> {
+    if scheme.algorithm == Algorithm::Stored {
+        return Err("the integers of a checkpoint are not found anew".to_owned());
+    }
     let rows = row_count(values.len(), columns)?;
     let weights = column_weights(columns, importance, scheme)?;
     let mut blocks = Blocks::zeroed(rows, columns, scheme);
@@ -239,6 +274,62 @@ pub fn dequantize_rows(blocks: &Blocks, columns: usize, scheme: &Scheme) -> Resu
         }
     }
     Ok(values)
+}
+
+/// Packs integers that a checkpoint stores already: `codes`, row-major, one a byte, and a scale and a zero point for
+/// each block. Float zero points are not packed, they are as they came.
+///
+/// # Errors
+/// An integer or an integer zero point that the scheme's bits do not hold, and lengths that do not fit.
+pub fn pack_rows(
+    codes: &[u8],
+    scales: Vec<f32>,
+    zeros: &[f32],
+    columns: usize,
+    scheme: &Scheme,
+) -> Result<Blocks, String> {
+    let rows = row_count(codes.len(), columns)?;
+    let (count, bits) = (scheme.blocks(columns), scheme.bits);
+    if (scales.len(), zeros.len()) != (rows * count, rows * count) {
+        return Err(format!(
+            "{} scales and {} zero points for {rows} rows of {count} blocks",
+            scales.len(),
+            zeros.len()
+        ));
+    }
+    let top = u8::MAX >> (8 - bits);
+    if let Some(odd) = codes.iter().find(|code| **code > top) {
+        return Err(format!("the integer {odd}, which {bits} bits do not hold"));
+    }
+    let held = |zero: &f32| match (scheme.symmetric, scheme.float_zeros) {
+        (_, true) => zero.is_finite(),
+        (true, _) => zero.to_bits() == f32::from(1u8 << (bits - 1)).to_bits(),
+        _ => (0.0..=f32::from(top)).contains(zero) && zero.fract() == 0.0,
+    };
+    if let Some(odd) = zeros.iter().find(|zero| !held(zero)) {
+        return Err(format!("the zero point {odd}, which a scheme of {scheme} does not hold"));
+    }
+    let mut blocks = Blocks::zeroed(rows, columns, scheme);
+    let zero_bytes = scheme.row_zero_bytes(columns);
+    for (row, (codes, data)) in codes.chunks(columns).zip(blocks.data.chunks_mut(scheme.row_bytes(columns))).enumerate()
+    {
+        for (index, code) in codes.iter().enumerate() {
+            pack::set(data, index, bits, f32::from(*code));
+        }
+        let zeros = zeros.get(row * count..(row + 1) * count).unwrap_or_default();
+        // A short last block ends with its zero point.
+        let last = zeros.last().copied().filter(|_| !scheme.float_zeros).unwrap_or(0.0);
+        for index in columns..count * scheme.block_size {
+            pack::set(data, index, bits, last);
+        }
+        if let Some(packed) = blocks.zero_points.as_deref_mut().filter(|_| !scheme.float_zeros) {
+            let packed = packed.get_mut(row * zero_bytes..(row + 1) * zero_bytes).unwrap_or_default();
+            for (index, zero) in zeros.iter().enumerate() {
+                pack::set(packed, index, bits, *zero);
+            }
+        }
+    }
+    Ok(Blocks { scales, ..blocks })
 }
 
 /// Which value can not be written.

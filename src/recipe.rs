@@ -2,18 +2,24 @@
 //!
 //! A recipe is a name, such as `int4` or `q4-mixed`, and rules for single matrices, of which the last that matches
 //! wins. Routers, norms, biases and everything that is computed in full precision stay floats.
+//!
+//! Without a recipe, the integers of a quantised checkpoint are kept: that is the recipe `stored`. `float` is the one
+//! that keeps none.
+
+mod stored;
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use globset::{GlobBuilder, GlobMatcher};
 use serde::Serialize;
 
-use crate::bind::Plan;
+use crate::bind::{Parameter, Plan};
 use crate::build::{Composite, Kind, Model};
 use crate::error::{Code, Error, Result};
 use crate::graph::{Dim, Graph, Source};
 use crate::lower::{Note, Part, Precision};
 use crate::quantize::{Algorithm, ScaleType, Scheme};
+pub use stored::Stored;
 
 /// How the matrices of a model are quantised.
 #[derive(Debug, Clone)]
@@ -52,7 +58,9 @@ pub struct Changes {
 type Line = (&'static str, u8, bool, usize);
 
 /// The names that `--quant` takes, with what they mean.
-const RECIPES: [(&str, &[Line]); 5] = [
+const RECIPES: [(&str, &[Line]); 7] = [
+    (STORED, &[]),
+    ("float", &[]),
     ("int2", &[("*", 2, false, 32), ("{embed_tokens*,lm_head}", 4, true, 32)]),
     ("int4", &[("*", 4, true, 32)]),
     ("int8", &[("*", 8, true, 32)]),
@@ -61,6 +69,19 @@ const RECIPES: [(&str, &[Line]); 5] = [
     // The head decides every token, and as a tied table it is also what every token starts from.
     ("q4-mixed", &[("*", 4, false, 64), ("{embed_tokens*,lm_head}", 8, true, 64)]),
 ];
+
+/// The recipe that keeps what a quantised checkpoint holds.
+const STORED: &str = "stored";
+
+impl Default for Recipe {
+    /// What is done without being asked: `stored`.
+    fn default() -> Self {
+        Self { name: STORED.to_owned(), rules: Vec::new(), accuracy_level: ACCURACY }
+    }
+}
+
+/// 8-bit activations: the kernels that are fast on CPUs.
+const ACCURACY: i64 = 4;
 
 impl Recipe {
     /// The names of all recipes.
@@ -75,6 +96,13 @@ impl Recipe {
             Error::new(Code::UsageInvalid, "--quant").found(found).expected(format!("one of {}", names.join(", ")))
         };
         let (_, lines) = RECIPES.iter().find(|(known, _)| *known == name).ok_or_else(|| invalid(name.to_owned()))?;
+        let changed = changes.block_size.is_some() || changes.symmetric.is_some();
+        if lines.is_empty() && (changed || changes.algorithm.is_some() || changes.scales.is_some()) {
+            return Err(Error::new(Code::UsageInvalid, "--quant")
+                .found(format!("{name}, which rounds nothing, beside options that say how to round"))
+                .expected("such options beside int8, int4, int2, q4 or q4-mixed")
+                .help("leave them away, or choose another scheme"));
+        }
         let mut rules = Vec::new();
         for (pattern, bits, symmetric, block) in *lines {
             let algorithm = changes.algorithm.unwrap_or(default_algorithm(*bits));
@@ -89,43 +117,43 @@ impl Recipe {
             let scheme = parse_scheme(words, usual, changes).map_err(|reason| bad_rule(line, &reason))?;
             rules.push(Rule { pattern: pattern.to_owned(), matcher: glob(pattern)?, scheme });
         }
-        let accuracy_level = changes.accuracy_level.unwrap_or(4);
+        let accuracy_level = changes.accuracy_level.unwrap_or(ACCURACY);
         if !(0..=4).contains(&accuracy_level) {
             return Err(Error::new(Code::UsageInvalid, "--accuracy-level").found(accuracy_level).expected("0 to 4"));
         }
         Ok(Self { name: name.to_owned(), rules, accuracy_level })
     }
 
-    /// What consumers call such a model: the suffix of its file.
-    pub fn suffix(&self) -> &'static str {
-        match self.rules.first().and_then(|rule| rule.scheme).map(|scheme| scheme.bits()) {
-            Some(8) => "_int8",
-            Some(2) => "_q2",
-            _ => "_q4",
-        }
+    /// Whether it keeps what a quantised checkpoint holds.
+    pub fn is_stored(&self) -> bool {
+        self.name == STORED
     }
 
-    /// The matrices of a model that this recipe quantises.
-    pub fn precision(&self, model: &Graph<Model>) -> Precision {
+    /// The matrices of a model that this recipe quantises, or leaves quantised as `stored` says.
+    pub fn precision(&self, model: &Graph<Model>, stored: Option<&Stored>) -> Precision {
         let names = matrices(model);
         let layers = names.iter().filter_map(|name| layer(name)).map(|(_, index, _)| index + 1).max().unwrap_or(0);
         let schemes = names.into_iter().filter_map(|name| {
-            let scheme = self.scheme(&name, layers)?;
+            let scheme = match self.rule(&name, layers) {
+                Some(rule) => rule.scheme?,
+                None => *stored.filter(|_| self.is_stored())?.schemes.get(&name)?,
+            };
             Some((name, scheme))
         });
         Precision { schemes: schemes.collect(), accuracy_level: self.accuracy_level }
     }
 
-    /// The scheme of a parameter, by the last rule that matches one of its spellings.
-    fn scheme(&self, name: &str, layers: usize) -> Option<Scheme> {
+    /// The last rule that matches one of a parameter's spellings.
+    fn rule(&self, name: &str, layers: usize) -> Option<&Rule> {
         let spellings = spellings(name, layers);
         let matches = |rule: &&Rule| spellings.iter().any(|spelling| rule.matcher.is_match(spelling));
-        self.rules.iter().rfind(matches)?.scheme
+        self.rules.iter().rfind(matches)
     }
 
     /// An error if nothing was quantised: then the target can not do what was asked for.
     pub fn check(&self, plan: &Plan, notes: &[Note], target: &str) -> Result<()> {
-        if plan.initializers.iter().any(|initializer| initializer.quantized.is_some()) {
+        let asked = self.rules.iter().any(|rule| rule.scheme.is_some());
+        if !asked || plan.initializers.iter().any(|initializer| initializer.quantized.is_some()) {
             return Ok(());
         }
         let reasons: BTreeSet<&str> = notes.iter().map(|note| note.reason.as_str()).collect();
@@ -137,25 +165,58 @@ impl Recipe {
     }
 
     /// What `hf2onnx.json` says of it.
-    pub fn record(&self, plan: &Plan) -> Quantization {
+    pub fn record(&self, plan: &Plan, stored: Option<&Stored>) -> Quantization {
         let mut matrices: BTreeMap<String, Counted> = BTreeMap::new();
+        let mut kept = BTreeSet::new();
+        let mut suffixes: BTreeMap<u8, u64> = BTreeMap::new();
         for initializer in &plan.initializers {
             if let Some((scheme, Part::Data | Part::SignedData)) = initializer.quantized {
                 let counted = matrices.entry(scheme.to_string()).or_default();
                 counted.matrices += 1;
                 counted.bytes += initializer.bytes();
+                *suffixes.entry(scheme.bits()).or_default() += initializer.bytes();
+                if scheme.algorithm() == Algorithm::Stored {
+                    kept.extend(initializer.weight.sources());
+                }
             }
         }
+        let is_kept = |parameter: &Parameter| parameter.weight.sources().iter().all(|name| kept.contains(name));
+        let checkpoint = stored.map(|stored| {
+            let mut decoded = stored.refused.clone();
+            let lost = plan.parameters.iter().filter(|p| stored.schemes.contains_key(&p.name) && !is_kept(p));
+            decoded.extend(lost.map(|p| (p.name.clone(), self.reason())));
+            let folded = plan.parameters.iter().filter(|p| stored.folded.contains(&p.name) && is_kept(p));
+            let exact = (!kept.is_empty()).then(|| folded.count() == 0);
+            FromCheckpoint { method: stored.method.clone(), exact, decoded }
+        });
         let rule = |rule: &Rule| {
             let scheme = rule.scheme.map_or("float".to_owned(), |scheme| scheme.to_string());
             format!("{}: {scheme}", rule.pattern)
         };
+        let most = || suffixes.iter().max_by_key(|(_, bytes)| **bytes).map(|(bits, _)| *bits);
+        let bits = self.rules.first().and_then(|rule| rule.scheme).map(|scheme| scheme.bits());
+        let bits = if self.is_stored() { most() } else { bits };
         Quantization {
             scheme: self.name.clone(),
             rules: self.rules.iter().map(rule).collect(),
             accuracy_level: self.accuracy_level,
             matrices,
+            checkpoint,
+            suffix: match bits {
+                None => "",
+                Some(8) => "_int8",
+                Some(2) => "_q2",
+                Some(_) => "_q4",
+            },
         }
+    }
+
+    /// Why integers that fit were decoded nevertheless.
+    fn reason(&self) -> String {
+        if self.is_stored() {
+            return "the target has no form that reads them, or a rule asks for another".to_owned();
+        }
+        format!("--quant {} asks for it", self.name)
     }
 }
 
@@ -170,6 +231,24 @@ pub struct Quantization {
     pub accuracy_level: i64,
     /// How many matrices became what.
     pub matrices: BTreeMap<String, Counted>,
+    /// What became of the checkpoint's own quantisation, if it has one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub checkpoint: Option<FromCheckpoint>,
+    /// What consumers call such a model: the suffix of its file.
+    #[serde(skip)]
+    pub suffix: &'static str,
+}
+
+/// What became of a checkpoint's own quantisation.
+#[derive(Debug, Clone, Serialize)]
+pub struct FromCheckpoint {
+    /// The method, as the checkpoint names it.
+    pub method: String,
+    /// True if all integers, scales and zero points that were kept are the checkpoint's own, bit for bit; none if none
+    /// were kept.
+    pub exact: Option<bool>,
+    /// Quantised parameters that were decoded to floats, and why.
+    pub decoded: BTreeMap<String, String>,
 }
 
 /// Matrices of one scheme.
@@ -272,7 +351,7 @@ mod tests {
     use super::*;
 
     fn bits(recipe: &Recipe, name: &str) -> Option<(u8, bool, usize)> {
-        recipe.scheme(name, 4).map(|scheme| (scheme.bits(), scheme.is_symmetric(), scheme.block_size()))
+        recipe.rule(name, 4)?.scheme.map(|scheme| (scheme.bits(), scheme.is_symmetric(), scheme.block_size()))
     }
 
     #[test]
@@ -289,7 +368,6 @@ mod tests {
         );
         assert_eq!(bits(&recipe, "model.layers.3.mlp.down_proj.weight"), None);
         assert_eq!(bits(&recipe, "model.layers.2.mlp.up_proj.weight"), Some((2, false, 16)));
-        assert_eq!(recipe.suffix(), "_q4");
     }
 
     #[test]
@@ -300,7 +378,7 @@ mod tests {
         assert_eq!(bits(&mixed, "model.layers.1.mlp.up_proj.weight"), Some((4, false, 64)));
         let changes = Changes { block_size: Some(16), symmetric: Some(false), ..Changes::default() };
         assert_eq!(bits(&Recipe::new("int4", &changes).unwrap(), "lm_head.weight"), Some((4, false, 16)));
-        assert_eq!(Recipe::new("int8", &Changes::default()).unwrap().suffix(), "_int8");
+        assert_eq!(bits(&Recipe::new("float", &Changes::default()).unwrap(), "lm_head.weight"), None);
     }
 
     #[test]
@@ -309,6 +387,7 @@ mod tests {
         for (name, changes, word) in [
             ("int3", Changes::default(), "q4-mixed"),
             ("int4", Changes { block_size: Some(48), ..Changes::default() }, "48"),
+            ("float", Changes { block_size: Some(32), ..Changes::default() }, "rounds nothing"),
             ("int4", with("lm_head"), "no `=`"),
             ("int4", with("lm_head=int9"), "int9"),
             ("int4", with("lm_head=int8-odd"), "odd"),

@@ -126,11 +126,11 @@ const ROWS: &[Row] = &[
         words: &["my_model", "auto_map", "is not run", "scaffold", "--template"],
     },
     Row {
-        name: "quantised weights",
+        name: "a quantisation that the weights do not have",
         case: "llama",
         spoil: |place| place.set("quantization_config", json!({"quant_method": "gptq", "bits": 4})),
         arguments: &[],
-        code: "quantization-unsupported",
+        code: "tensor-missing",
         words: &["quantization_config", "gptq"],
     },
     Row {

@@ -81,10 +81,12 @@ pub fn parameters(model: &Graph<Model>, rules: &TensorRules, checkpoint: &Checkp
     bound.collect()
 }
 
-/// How the checkpoint stores these parameters, for a graph that takes them from its files.
+/// How the checkpoint stores these parameters, for a graph that takes them from its files; quantised ones can not be.
 pub fn stored(parameters: &[Parameter], checkpoint: &Checkpoint) -> Stored {
-    let tensor =
-        |name: &str| checkpoint.get(name).and_then(|tensor| Some((tensor.dtype.element()?, tensor.shape.clone())));
+    let tensor = |name: &str| {
+        let tensor = checkpoint.get(name).filter(|tensor| !tensor.encoded)?;
+        Some((tensor.dtype.element()?, tensor.shape.clone()))
+    };
     let tensors = parameters.iter().flat_map(|parameter| parameter.weight.sources());
     Stored {
         parameters: parameters.iter().map(|p| (p.name.clone(), p.weight.clone())).collect(),
@@ -134,7 +136,7 @@ pub fn plan(
 fn linked(weight: &Weight, checkpoint: &Checkpoint) -> Result<Linked> {
     let shape = |name: &str| checkpoint.get(name).map(|tensor| tensor.shape.clone());
     let part = weight.contiguous(&shape).and_then(|part| {
-        let tensor = checkpoint.get(part.tensor)?;
+        let tensor = checkpoint.get(part.tensor).filter(|tensor| !tensor.encoded)?;
         let size = tensor.dtype.element()?.size() as u64;
         let (first, length) = ((part.first as u64).checked_mul(size)?, (part.count as u64).checked_mul(size)?);
         let inside = first.checked_add(length)? <= tensor.length;
@@ -225,6 +227,8 @@ fn left_over(
             unexpected.push(tensor.name.as_str());
         }
     }
+    let ignored = checkpoint.catalogue().map_or(&[][..], |catalogue| &catalogue.ignored);
+    dropped.extend(ignored.iter().map(|tensor| (tensor.name.clone(), tensor.reason.to_owned())));
     let Some(first) = unexpected.first() else { return Ok(dropped) };
     let more = if unexpected.len() > 1 { format!(" and {} more", unexpected.len() - 1) } else { String::new() };
     Err(Error::new(Code::TensorUnexpected, format!("tensor {first}{more}"))

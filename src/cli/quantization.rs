@@ -10,7 +10,8 @@ use crate::recipe::{Changes, Recipe};
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Quantisation")]
 pub(super) struct QuantizationOptions {
-    /// Quantise matrices: int8, int4, int2, or a preset: q4 (small and fast), q4-mixed (the head in 8 bits)
+    /// Quantise matrices: int8, int4, int2, or a preset: q4 (small and fast), q4-mixed (the head in 8 bits). Without it,
+    /// a quantised checkpoint keeps its integers where the target reads them (stored); float decodes them all
     #[arg(long, value_name = "SCHEME")]
     quant: Option<String>,
     /// Another scheme for some matrices, the last match wins: `lm_head=int8`, `layers.{0,-1}.*=int8`, `*.down_proj=float`
@@ -29,7 +30,7 @@ pub(super) struct QuantizationOptions {
     #[arg(long, value_enum, requires = "quant")]
     quant_scales: Option<Scales>,
     /// How products are computed: 0 open, 1 float32, 4 with 8-bit activations, the fastest on CPUs [default: 4]
-    #[arg(long, value_name = "LEVEL", requires = "quant")]
+    #[arg(long, value_name = "LEVEL")]
     accuracy_level: Option<i64>,
 }
 
@@ -74,6 +75,7 @@ impl QuantizationOptions {
             accuracy_level: self.accuracy_level,
             rules: self.quant_rule.clone(),
         };
-        self.quant.as_ref().map(|name| Recipe::new(name, &changes)).transpose()
+        let stored = self.accuracy_level.map(|_| "stored");
+        self.quant.as_deref().or(stored).map(|name| Recipe::new(name, &changes)).transpose()
     }
 }

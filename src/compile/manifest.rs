@@ -47,7 +47,7 @@ struct ParameterEntry {
 
 impl Manifest {
     pub(super) fn new(compiled: &Compiled, options: &Options, streamed: Streamed, graph: FileHash) -> Result<Self> {
-        let mut sources = hash_files(&[compiled.repository.dir.join("config.json")])?;
+        let mut sources = hash_files(&compiled.repository.configurations())?;
         let mut outputs = vec![graph];
         outputs.extend(streamed.outputs);
         // What is linked is both.
@@ -70,12 +70,12 @@ impl Manifest {
                 Logits::All => "all",
                 Logits::Last => "last",
             },
-            quantization: options.recipe.as_ref().map(|recipe| recipe.record(&compiled.plan)),
+            quantization: compiled.quantization.clone(),
             weights: match options.weights {
                 Weights::Pack { .. } => "pack",
                 Weights::Link { .. } => "link",
             },
-            onnx: format!("onnx/{}", options.file_name()),
+            onnx: format!("onnx/{}", compiled.file_name(options)),
             verified: None,
             hub: hub::source(&compiled.repository.dir),
             sources,

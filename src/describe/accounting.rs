@@ -8,6 +8,7 @@ use serde_json::{Map, Value};
 use super::expression::mentions;
 use super::rope;
 use super::template::Template;
+use crate::encoding::Keys;
 use crate::error::{Code, Error, Result};
 
 /// What became of a configuration's keys.
@@ -19,6 +20,29 @@ pub struct Accounting {
     pub without_effect: BTreeMap<String, String>,
     /// Keys that the user allowed to be left unread.
     pub allowed: Vec<String>,
+}
+
+impl Accounting {
+    /// Adds the keys that say how weights are stored, which the template is not shown: `stored` are those of config.json
+    /// with what stands there, `keys` what became of the configuration that was followed.
+    pub fn with_storage<'v>(&mut self, stored: impl Iterator<Item = (String, &'v Value)>, keys: Option<&Keys>) {
+        for (key, value) in stored {
+            let place = format!("config.json: {key}");
+            match keys {
+                _ if value.is_null() => drop(self.without_effect.insert(key, "not set".to_owned())),
+                Some(keys) if keys.source == place => self.used.push(key),
+                Some(keys) => drop(self.without_effect.insert(key, format!("{} says it", keys.source))),
+                None => {}
+            }
+        }
+        let Some(keys) = keys else { return };
+        let of = |key: &String| match keys.source.strip_prefix("config.json: ") {
+            Some(object) => format!("{object}.{key}"),
+            None => format!("{}: {key}", keys.source),
+        };
+        self.used.extend(keys.used.iter().map(of));
+        self.without_effect.extend(keys.without_effect.iter().map(|(key, reason)| (of(key), reason.clone())));
+    }
 }
 
 /// Accounts for every key; a key counts as used when an expression of the template mentions it.

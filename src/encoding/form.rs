@@ -103,6 +103,13 @@ pub enum Layout {
     },
 }
 
+impl Layout {
+    /// True where the codes of a row are spread over all of the tensor, so that any row needs all of it.
+    pub fn is_spread(self) -> bool {
+        matches!(self, Self::Columns { .. } | Self::Awq | Self::Slices { .. })
+    }
+}
+
 /// What a code stands for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Values {

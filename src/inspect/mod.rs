@@ -19,6 +19,7 @@ use crate::compile::{Compiled, Options};
 use crate::describe::{Accounting, Template};
 use crate::graph::{Dim, Symbol};
 use crate::lower::Note;
+use crate::recipe::Quantization;
 
 /// A repository as a target would have it.
 #[derive(Debug, Serialize)]
@@ -33,6 +34,8 @@ pub struct Inspection {
     pub sizes: Sizes,
     /// Tensors that are left out, and why.
     pub dropped: BTreeMap<String, String>,
+    /// What is quantised as built, and what became of the checkpoint's own quantisation.
+    pub quantization: Option<Quantization>,
     /// What became of config.json's keys.
     pub config_keys: Accounting,
     /// Composite operations that did not get the target's best form, and why.
@@ -61,7 +64,7 @@ pub struct Sizes {
     pub tensors: usize,
     /// Bytes of the repository's weight files.
     pub stored_bytes: u64,
-    /// Element types of the repository's tensors.
+    /// Element types of the repository's tensors, and formats of the quantised ones.
     pub stored_types: Vec<String>,
     /// Bytes of the weights as built.
     pub built_bytes: u64,
@@ -93,6 +96,7 @@ impl Inspection {
             sections: describe(&spec),
             sizes: sizes(compiled, options),
             dropped: compiled.plan.dropped.clone(),
+            quantization: compiled.quantization.clone(),
             config_keys: compiled.description.accounting.clone(),
             lowering: compiled.lowered.notes.clone(),
             spec,
@@ -109,7 +113,7 @@ fn sizes(compiled: &Compiled, options: &Options) -> Sizes {
     let bound: std::collections::BTreeSet<&str> =
         compiled.plan.parameters.iter().flat_map(|parameter| parameter.weight.sources()).collect();
     let types: std::collections::BTreeSet<String> =
-        checkpoint.tensors().map(|tensor| tensor.dtype.to_string()).collect();
+        checkpoint.tensors().map(|tensor| checkpoint.storage(tensor)).collect();
     let (mut per_token, mut state) = (0, 0);
     let graph = &compiled.lowered.graph;
     for input in graph.inputs.iter().map(|id| graph.value(*id)).filter(|input| input.name.starts_with("past_")) {
@@ -158,6 +162,7 @@ impl fmt::Display for Inspection {
         }
         lines.push(("graph", format!("{} nodes for {}", s.nodes, s.target)));
         write_lines(f, "size", &lines)?;
+        write_quantization(f, self.quantization.as_ref())?;
         write_dropped(f, &self.dropped)?;
         write_keys(f, &self.config_keys)?;
         write_notes(f, &self.lowering)
@@ -174,16 +179,39 @@ fn write_sections(f: &mut fmt::Formatter<'_>, sections: &[Section]) -> fmt::Resu
     sections.iter().try_for_each(|section| write_lines(f, &section.title, &section.lines))
 }
 
-/// Dropped tensors by reason, with one name and how many more.
+/// What integers there are, and which of the checkpoint's became floats.
+fn write_quantization(f: &mut fmt::Formatter<'_>, quantization: Option<&Quantization>) -> fmt::Result {
+    let Some(quantization) = quantization else { return Ok(()) };
+    let mut lines = vec![("scheme".to_owned(), quantization.scheme.clone())];
+    for (scheme, counted) in &quantization.matrices {
+        lines.push((format!("{} matrices", counted.matrices), scheme.clone()));
+    }
+    if let Some(from) = &quantization.checkpoint {
+        lines.push(("checkpoint".to_owned(), from.method.clone()));
+    }
+    write_lines(f, "quantisation", &lines)?;
+    write_reasons(f, "decoded to floats", quantization.checkpoint.iter().flat_map(|from| &from.decoded))
+}
+
+/// Dropped tensors by reason.
 fn write_dropped(f: &mut fmt::Formatter<'_>, dropped: &BTreeMap<String, String>) -> fmt::Result {
+    write_reasons(f, "tensors left out", dropped.iter())
+}
+
+/// Names by reason: one name and how many more.
+fn write_reasons<'n>(
+    f: &mut fmt::Formatter<'_>,
+    title: &str,
+    names: impl Iterator<Item = (&'n String, &'n String)>,
+) -> fmt::Result {
     let mut reasons: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
-    for (name, reason) in dropped {
+    for (name, reason) in names {
         reasons.entry(reason).or_default().push(name);
     }
     if reasons.is_empty() {
         return Ok(());
     }
-    writeln!(f, "\ntensors left out")?;
+    writeln!(f, "\n{title}")?;
     for (reason, names) in reasons {
         let first = names.first().copied().unwrap_or_default();
         let more = if names.len() > 1 { format!(" and {} more", names.len() - 1) } else { String::new() };

@@ -33,6 +33,9 @@ pub struct TensorStep {
     dtype: String,
     shape: Vec<usize>,
     bytes: u64,
+    /// The format of a quantised weight, which the others say decoded.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stored: Option<String>,
 }
 
 /// A parameter of the model.
@@ -115,14 +118,17 @@ fn step(parameter: &crate::bind::Parameter) -> ParameterStep {
 }
 
 fn tensor(compiled: &Compiled, name: &str) -> Option<TensorStep> {
-    let info = compiled.repository.checkpoint.get(name)?;
-    let file = compiled.repository.checkpoint.files().get(info.file)?;
+    let checkpoint = &compiled.repository.checkpoint;
+    let info = checkpoint.get(name)?;
+    let file = checkpoint.files().get(info.file)?;
+    let stored = checkpoint.logical(info).map(|logical| logical.encoding.format.clone());
     Some(TensorStep {
         name: name.to_owned(),
         file: file.name.clone(),
         dtype: info.dtype.to_string(),
         shape: info.shape.clone(),
         bytes: info.length,
+        stored,
     })
 }
 
@@ -153,6 +159,9 @@ impl fmt::Display for Trace {
             writeln!(f, "tensor       {}", tensor.name)?;
             let size = super::bytes(tensor.bytes);
             writeln!(f, "             {} {:?}, {size}, in {}", tensor.dtype, tensor.shape, tensor.file)?;
+            if let Some(stored) = &tensor.stored {
+                writeln!(f, "             decoded from {stored}")?;
+            }
         }
         if let Some(more) = self.tensors.len().checked_sub(SHOWN + 1) {
             writeln!(f, "             and {} more", more + 1)?;

@@ -98,8 +98,8 @@ impl Lowerer<'_> {
         if schemes.iter().flatten().any(|other| *other != Some(scheme)) {
             return Ok(Form::Refused("the operator takes one scheme for all projections".to_owned()));
         }
-        if scheme.bits() == 2 {
-            return Ok(Form::Refused("the operator has no kernel for 2 bits".to_owned()));
+        if scheme.bits() == 2 || scheme.has_float_zeros() {
+            return Ok(Form::Refused("the operator has no kernel for 2 bits, nor for float zero points".to_owned()));
         }
         if scheme.bits() == 8 && (1..4).contains(&self.accuracy_level()) {
             return Ok(Form::Refused(

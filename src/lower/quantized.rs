@@ -84,6 +84,9 @@ impl Lowerer<'_> {
         };
         let scales = of("scales", scale, Part::Scales, &[blocks]);
         let zero_points = (!scheme.is_symmetric()).then(|| match layout {
+            Layout::Blocks | Layout::Rows if scheme.has_float_zeros() => {
+                of("zero_points", scale, Part::ZeroPoints, &[blocks])
+            }
             Layout::Blocks | Layout::Rows => {
                 of("zero_points", ElementType::U8, Part::ZeroPoints, &[scheme.row_zero_bytes(columns)])
             }
@@ -98,6 +101,10 @@ impl Lowerer<'_> {
         let (name, shape) = named(model, *weight);
         let Some(scheme) = self.scheme(&name) else { return Ok(None) };
         let form = self.first_form("quantized_linear", |s, form| match form {
+            "MatMulNBits" if scheme.has_float_zeros() && scheme.bits() != 4 => Ok(Form::Refused(format!(
+                "the operator takes float zero points of 4 bits, and not of {}",
+                scheme.bits()
+            ))),
             "MatMulNBits" => {
                 s.matmul_nbits(model, (*x, bias.first().copied()), (&name, &shape), &scheme).map(Form::Done)
             }
@@ -127,7 +134,11 @@ impl Lowerer<'_> {
             .int("accuracy_level", accuracy);
         let element = self.e.ty(x).element;
         let scales = self.e.cast(parts.scales, element)?;
-        let mut operands = vec![Some(x), Some(parts.data), Some(scales), parts.zero_points, None, bias];
+        let zeros = match parts.zero_points {
+            Some(zeros) if scheme.has_float_zeros() => Some(self.e.cast(zeros, element)?),
+            zeros => zeros,
+        };
+        let mut operands = vec![Some(x), Some(parts.data), Some(scales), zeros, None, bias];
         while operands.last() == Some(&None) {
             operands.pop();
         }
@@ -143,6 +154,9 @@ impl Lowerer<'_> {
         self.first_form("quantized_embed", |s, form| match form {
             "GatherBlockQuantized" if !matches!(scheme.bits(), 4 | 8) => {
                 Ok(Form::Refused(format!("the operator reads 4 and 8 bits, and not {}", scheme.bits())))
+            }
+            "GatherBlockQuantized" if scheme.has_float_zeros() => {
+                Ok(Form::Refused("the operator takes no float zero points".to_owned()))
             }
             "GatherBlockQuantized" => s.gather_quantized(model, ids, (&name, &shape), &scheme).map(Form::Done),
             _ => Ok(Form::Done(None)),
@@ -191,6 +205,7 @@ impl Lowerer<'_> {
                     format!("{columns} columns are no whole number of blocks of {}", scheme.block_size())
                 }
                 _ if scheme.bits() == 2 => "the operator reads no 2 bits in this opset".to_owned(),
+                _ if scheme.has_float_zeros() => "the operator takes no float zero points".to_owned(),
                 Some(columns)
                     if !scheme.is_symmetric() && scheme.bits() == 4 && !scheme.blocks(*columns).is_multiple_of(2) =>
                 {

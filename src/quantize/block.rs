@@ -67,7 +67,7 @@ impl Grid {
         let plain = self.nearest(range);
         match self.algorithm {
             Algorithm::Search if SEARCHED.contains(&range.largest()) => self.search(simd, block, weights, range, plain),
-            Algorithm::Search | Algorithm::Nearest => plain,
+            Algorithm::Search | Algorithm::Nearest | Algorithm::Stored => plain,
         }
     }
 

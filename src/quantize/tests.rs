@@ -156,6 +156,22 @@ proptest! {
     }
 
     #[test]
+    fn integers_that_are_known_are_packed_alike(scheme in schemes(), (columns, values) in matrices()) {
+        let blocks = quantize_rows(&values, columns, None, &scheme).expect("quantises");
+        let (bits, count, rows) = (scheme.bits(), scheme.blocks(columns), values.len() / columns);
+        let packed = blocks.data.chunks(scheme.row_bytes(columns));
+        let code = |row: &[u8], at: usize| u8::try_from(naive_get(row, at, bits)).expect("small");
+        let codes: Vec<u8> = packed.flat_map(|row| (0..columns).map(move |at| code(row, at))).collect();
+        let places = (0..rows).flat_map(|row| (0..count).map(move |block| (row, block)));
+        let zeros: Vec<f32> =
+            places.map(|(row, block)| naive_zero(&blocks, row, block, columns, &scheme) as f32).collect();
+        let kind = if scheme.is_symmetric() { ZeroPoints::Implicit } else { ZeroPoints::Integers };
+        let stored = Scheme::stored(bits, scheme.block_size(), kind, scheme.scales()).expect("a scheme");
+        prop_assert_eq!(pack_rows(&codes, blocks.scales.clone(), &zeros, columns, &stored).expect("packs"), blocks);
+        prop_assert!(quantize_rows(&values, columns, None, &stored).is_err());
+    }
+
+    #[test]
     fn rows_do_not_see_each_other(scheme in schemes(), (columns, values) in matrices()) {
         let importance = importances(columns);
         let whole = quantize_rows(&values, columns, Some(&importance), &scheme).expect("quantises");
@@ -215,6 +231,25 @@ fn only_what_operators_read_can_be_written() {
     for (bits, size) in [(3, 32), (16, 32), (4, 0), (4, 8), (4, 48), (4, 512)] {
         assert!(Scheme::new(bits, true, size, Algorithm::Nearest).is_err(), "{bits} bits, {size}");
     }
+}
+
+#[test]
+fn integers_that_do_not_fit_are_refused() {
+    let of = |kind| Scheme::stored(4, 16, kind, ScaleType::Float32).expect("a scheme");
+    let pack = |code: u8, zero: f32, kind| pack_rows(&[code; 20], vec![1.0; 2], &[zero; 2], 20, &of(kind));
+    for (code, zero, kind) in [
+        (16, 8.0, ZeroPoints::Implicit),
+        (0, 7.0, ZeroPoints::Implicit),
+        (0, 16.0, ZeroPoints::Integers),
+        (0, 0.5, ZeroPoints::Integers),
+        (0, -1.0, ZeroPoints::Integers),
+        (0, f32::NAN, ZeroPoints::Floats),
+    ] {
+        assert!(pack(code, zero, kind).is_err(), "{code}, {zero}, {kind:?}");
+    }
+    assert!(pack(15, 8.0, ZeroPoints::Implicit).is_ok() && pack(15, 0.5, ZeroPoints::Floats).is_ok());
+    assert!(pack_rows(&[0; 20], vec![1.0; 1], &[8.0; 2], 20, &of(ZeroPoints::Implicit)).is_err(), "a scale too few");
+    assert!(pack_rows(&[0; 21], vec![1.0; 2], &[8.0; 2], 20, &of(ZeroPoints::Implicit)).is_err(), "no whole rows");
 }
 
 #[test]

@@ -1,30 +1,35 @@
 //! A checkpoint: the safetensors files of a repository as one list of tensors.
 
 use std::fs::File;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use super::file::StableFile;
 use super::header::{Entry, quoted, read_header};
 use super::locate::{Index, Weights, locate};
 use super::path::contained;
+use super::quantized::{Recent, outside, stored_type};
 use crate::element::StoredType;
+use crate::encoding::{Catalogue, Logical, Role};
 use crate::error::{Code, Error, Result};
 
-/// A tensor of the checkpoint: what its file's header says of it.
+/// A tensor of the checkpoint: what its file's header says of it, or what it is once it is decoded.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TensorInfo {
     /// Name, unique in the checkpoint.
     pub name: String,
-    /// Element type.
+    /// Element type; of a quantised weight the one that it is decoded to.
     pub dtype: StoredType,
     /// Shape; empty for a scalar. The size in bytes fits 63 bits.
     pub shape: Vec<usize>,
-    /// Which of [`Checkpoint::files`] holds it.
+    /// Which of [`Checkpoint::files`] holds it; of a quantised weight, its codes.
     pub file: usize,
-    /// Where its bytes start, from the start of the file.
+    /// Where its bytes start, from the start of the file; of a quantised weight, its codes.
     pub offset: u64,
-    /// How many bytes it takes.
+    /// How many bytes it takes; of a quantised weight, decoded.
     pub length: u64,
+    /// True for a quantised weight, whose bytes stand in no file: reading decodes them.
+    pub encoded: bool,
 }
 
 /// One safetensors file of the checkpoint.
@@ -40,12 +45,25 @@ pub struct ShardFile {
 
 /// The weights of a repository. Headers are read and checked when it is opened; data is read when
 /// it is asked for, piece by piece.
+///
+/// Once [`super::Repository::decode`] has recognised a quantised checkpoint, its weights appear under the names and
+/// shapes that they have without quantisation, as floats, and their parts do not appear.
 #[derive(Debug)]
 pub struct Checkpoint {
     files: Vec<ShardFile>,
     stable: Vec<StableFile>,
     /// Sorted by name.
     tensors: Vec<TensorInfo>,
+    /// How it is quantised, if it is.
+    quantized: Option<Quantized>,
+}
+
+#[derive(Debug)]
+struct Quantized {
+    catalogue: Catalogue,
+    /// What the files hold, sorted by name.
+    stored: Vec<TensorInfo>,
+    recent: Recent,
 }
 
 impl Checkpoint {
@@ -53,7 +71,7 @@ impl Checkpoint {
     /// `model.safetensors.index.json` names, else every other safetensors file in it.
     pub fn open(dir: &Path) -> Result<Self> {
         let Weights { names, index } = locate(dir)?;
-        let mut checkpoint = Self { files: Vec::new(), stable: Vec::new(), tensors: Vec::new() };
+        let mut checkpoint = Self { files: Vec::new(), stable: Vec::new(), tensors: Vec::new(), quantized: None };
         for name in names {
             checkpoint.add_file(dir, name)?;
         }
@@ -72,8 +90,22 @@ impl Checkpoint {
 
     /// The tensor of this name.
     pub fn get(&self, name: &str) -> Option<&TensorInfo> {
-        let at = self.tensors.binary_search_by(|tensor| tensor.name.as_str().cmp(name)).ok()?;
-        self.tensors.get(at)
+        find(&self.tensors, name)
+    }
+
+    /// How the checkpoint is quantised, if it is and has been decoded.
+    pub fn catalogue(&self) -> Option<&Catalogue> {
+        self.quantized.as_ref().map(|quantized| &quantized.catalogue)
+    }
+
+    /// How a tensor is stored in words: its element type, or its format where it is quantised.
+    pub fn storage(&self, tensor: &TensorInfo) -> String {
+        self.logical(tensor).map_or_else(|| tensor.dtype.to_string(), |logical| logical.encoding.format.clone())
+    }
+
+    /// How a quantised weight is stored.
+    pub fn logical(&self, tensor: &TensorInfo) -> Option<&Logical> {
+        self.catalogue().filter(|_| tensor.encoded)?.get(&tensor.name)
     }
 
     /// The files, in the order of the names.
@@ -85,7 +117,10 @@ impl Checkpoint {
     /// file is no longer what it was when the checkpoint was opened.
     pub fn read(&self, tensor: &TensorInfo, first: u64, out: &mut [u8]) -> Result<()> {
         let end = first.saturating_add(out.len() as u64);
-        let (Some(file), true) = (self.stable.get(tensor.file), end <= tensor.length) else {
+        if let (Some(logical), true) = (self.logical(tensor), end <= tensor.length) {
+            return self.decode(logical, first, out);
+        }
+        let (Some(file), true) = (self.stable.get(tensor.file), end <= tensor.length && !tensor.encoded) else {
             return Err(Error::new(Code::TensorMissing, quoted(&tensor.name))
                 .found(format!("bytes {first}..{end} of {}, or a tensor of another checkpoint", tensor.length)));
         };
@@ -106,6 +141,48 @@ impl Checkpoint {
         self.stable.iter().try_for_each(StableFile::check_unchanged)
     }
 
+    /// What the files hold, sorted by name.
+    pub(super) fn stored(&self) -> &[TensorInfo] {
+        self.quantized.as_ref().map_or(&self.tensors, |quantized| &quantized.stored)
+    }
+
+    /// Bytes of a stored tensor.
+    pub(super) fn part(&self, name: &str, range: Range<u64>) -> Result<Vec<u8>> {
+        let tensor = find(self.stored(), name).filter(|tensor| range.start <= range.end && range.end <= tensor.length);
+        let file = tensor.and_then(|tensor| self.stable.get(tensor.file));
+        let length = usize::try_from(range.end.saturating_sub(range.start));
+        let (Some(tensor), Some(file), Ok(length)) = (tensor, file, length) else { return Err(outside(name, &range)) };
+        let mut bytes = vec![0; length];
+        file.read(tensor.offset.saturating_add(range.start), &mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// Parts that were read a moment ago.
+    pub(super) fn recent(&self) -> Option<&Recent> {
+        self.quantized.as_ref().map(|quantized| &quantized.recent)
+    }
+
+    /// From here on the weights of the catalogue stand for their parts.
+    pub(super) fn present(&mut self, catalogue: Catalogue) -> Result<()> {
+        let plain = catalogue.plain.iter().filter_map(|name| find(&self.tensors, name)).cloned();
+        let mut tensors: Vec<TensorInfo> = plain.collect();
+        for logical in &catalogue.weights {
+            let codes = logical.part(Role::Codes).and_then(|part| find(&self.tensors, &part.name));
+            let dtype = stored_type(logical.dtype);
+            let (Some(codes), Some(length)) = (codes, dtype.byte_length(&logical.shape)) else {
+                return Err(Error::new(Code::WeightsCorrupt, format!("tensor {}", quoted(&logical.name)))
+                    .found(format!("{:?}", logical.shape))
+                    .expected("codes, and a shape that fits memory"));
+            };
+            let (name, shape) = (logical.name.clone(), logical.shape.clone());
+            tensors.push(TensorInfo { name, dtype, shape, length, encoded: true, ..codes.clone() });
+        }
+        tensors.sort_by(|a, b| a.name.cmp(&b.name));
+        let stored = std::mem::replace(&mut self.tensors, tensors);
+        self.quantized = Some(Quantized { catalogue, stored, recent: Recent::default() });
+        Ok(())
+    }
+
     fn add_file(&mut self, dir: &Path, name: String) -> Result<()> {
         let path = contained(dir, &name)?;
         let io = |error: std::io::Error| Error::io(&path, &error);
@@ -122,7 +199,7 @@ impl Checkpoint {
         let entries = read_header(std::io::BufReader::new(file), metadata.len(), &shown)?;
         self.tensors.extend(entries.into_iter().map(|entry| {
             let Entry { name, dtype, shape, offset, length } = entry;
-            TensorInfo { name, dtype, shape, file: index, offset, length }
+            TensorInfo { name, dtype, shape, file: index, offset, length, encoded: false }
         }));
         self.stable.push(StableFile::new(&path, &metadata));
         self.files.push(ShardFile { name, path, size: metadata.len() });
@@ -179,4 +256,10 @@ impl Checkpoint {
         }
         Ok(())
     }
+}
+
+/// The tensor of this name in a sorted list.
+fn find<'t>(tensors: &'t [TensorInfo], name: &str) -> Option<&'t TensorInfo> {
+    let at = tensors.binary_search_by(|tensor| tensor.name.as_str().cmp(name)).ok()?;
+    tensors.get(at)
 }

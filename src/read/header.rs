@@ -31,7 +31,7 @@ impl Entry {
     /// The tensor as one of a checkpoint's file of this number.
     pub(crate) fn into_info(self, file: usize) -> TensorInfo {
         let Self { name, dtype, shape, offset, length } = self;
-        TensorInfo { name, dtype, shape, file, offset, length }
+        TensorInfo { name, dtype, shape, file, offset, length, encoded: false }
     }
 }
 

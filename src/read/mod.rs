@@ -10,6 +10,7 @@ mod header;
 mod json;
 mod locate;
 mod path;
+mod quantized;
 
 use std::path::{Path, PathBuf};
 
@@ -24,6 +25,7 @@ pub use json::{json_file, json_object};
 pub use locate::safetensors_index;
 pub use path::contained;
 
+use crate::encoding::Shapes;
 use crate::error::{Code, Error, Result};
 
 /// A Hugging Face model repository on disk.
@@ -31,19 +33,21 @@ use crate::error::{Code, Error, Result};
 pub struct Repository {
     /// The directory, as it was given.
     pub dir: PathBuf,
-    /// `config.json`, its keys in the order of the file.
+    /// `config.json`, its keys in the order of the file, without those that say how weights are stored.
     pub config: Map<String, Value>,
     /// `generation_config.json`, where there is one.
     pub generation_config: Option<Map<String, Value>>,
     /// The weights.
     pub checkpoint: Checkpoint,
+    /// How the weights are stored, as far as the files beside them say it.
+    settings: quantized::Settings,
 }
 
 impl Repository {
     /// Opens a repository: reads its configuration and the headers of its weights.
     pub fn open(dir: &Path) -> Result<Self> {
         check_directory(dir)?;
-        let config = match dir.join("config.json").symlink_metadata() {
+        let mut config = match dir.join("config.json").symlink_metadata() {
             Ok(_) => json_file(&contained(dir, "config.json")?)?,
             Err(_) => return Err(config_missing(dir)),
         };
@@ -51,7 +55,28 @@ impl Repository {
             Ok(_) => Some(json_file(&contained(dir, "generation_config.json")?)?),
             Err(_) => None,
         };
-        Ok(Self { dir: dir.to_owned(), config, generation_config, checkpoint: Checkpoint::open(dir)? })
+        let settings = quantized::Settings::take(dir, &mut config)?;
+        Ok(Self { dir: dir.to_owned(), config, generation_config, checkpoint: Checkpoint::open(dir)?, settings })
+    }
+
+    /// Has the checkpoint present quantised weights as the floats that they stand for. Nothing happens to one that is
+    /// not quantised. `shapes` says which shape the architecture gives a weight; few formats need it.
+    ///
+    /// # Errors
+    /// A format that is not read, and weights that are not what their configuration says.
+    pub fn decode(&mut self, shapes: &Shapes<'_>) -> Result<()> {
+        self.settings.decode(&mut self.checkpoint, shapes)
+    }
+
+    /// The files that say what the model is and how its weights are stored.
+    pub fn configurations(&self) -> Vec<PathBuf> {
+        let names = std::iter::once("config.json").chain(self.settings.files());
+        names.map(|name| self.dir.join(name)).collect()
+    }
+
+    /// Keys that say how weights are stored, and are not in [`Self::config`], with what stands there.
+    pub fn storage_keys(&self) -> impl Iterator<Item = (String, &Value)> {
+        self.settings.taken()
     }
 }
 

@@ -17,11 +17,11 @@ use serde_json::{Map, Value};
 pub use shards::write;
 
 use crate::bind::parameter_shapes;
-use crate::build::{self, Logits};
-use crate::describe::{self, Template};
+use crate::build::{self, Logits, Model};
+use crate::describe::{self, Template, TensorRules};
 use crate::element::ElementType;
 use crate::error::{Code, Error, Result};
-use crate::graph::Source;
+use crate::graph::{Graph, Source};
 use crate::read::json_file;
 use crate::weight::Weight;
 
@@ -102,6 +102,19 @@ pub fn tensors(template: &Template, config: &Map<String, Value>, allowed_keys: &
         }
     }
     Ok(tensors)
+}
+
+/// Shapes of the tensors that a checkpoint of a model may hold, whichever way it stores a parameter.
+pub(crate) fn tensor_shapes(model: &Graph<Model>, rules: &TensorRules) -> BTreeMap<String, Vec<usize>> {
+    let parameters = parameter_shapes(model);
+    let mut shapes = BTreeMap::new();
+    for (name, shape) in &parameters {
+        let alternatives = rules.bind(name, &parameters).map(|bound| bound.alternatives).unwrap_or_default();
+        for weight in alternatives {
+            shapes.extend(invert::sources(&weight, shape.clone()).unwrap_or_default());
+        }
+    }
+    shapes
 }
 
 fn error(parameter: &str) -> Error {

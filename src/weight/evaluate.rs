@@ -135,6 +135,49 @@ impl Evaluation {
         }
     }
 
+    /// True if every row of the result is a row of one source, as it is.
+    pub fn moves_rows(&self) -> bool {
+        let columns = self.shape.last().copied().unwrap_or(1).max(1);
+        self.moves(columns)
+    }
+
+    fn moves(&self, columns: usize) -> bool {
+        match &self.node {
+            Node::Source(_) => self.shape.last() == Some(&columns),
+            Node::Same(of) => of.moves(columns),
+            Node::AddOne(_) | Node::Transpose { .. } => false,
+            Node::Join { widths, parts } => {
+                widths.iter().all(|width| width.is_multiple_of(columns)) && parts.iter().all(|part| part.moves(columns))
+            }
+            Node::Take { block, start, width, of } => {
+                [block, start, width].iter().all(|size| size.is_multiple_of(columns)) && of.moves(columns)
+            }
+        }
+    }
+
+    /// The source that element `at` of the result is taken from as it is, and which of its elements that is.
+    pub fn origin(&self, at: usize) -> Option<(&str, usize)> {
+        match &self.node {
+            Node::Source(name) => Some((name, at)),
+            Node::Same(of) => of.origin(at),
+            Node::AddOne(_) | Node::Transpose { .. } => None,
+            Node::Join { widths, parts } => {
+                let row: usize = widths.iter().sum();
+                let (outer, mut inner) = (at.checked_div(row)?, at.checked_rem(row)?);
+                for (width, part) in widths.iter().zip(parts) {
+                    if inner < *width {
+                        return part.origin(outer * width + inner);
+                    }
+                    inner -= width;
+                }
+                None
+            }
+            Node::Take { block, start, width, of } => {
+                of.origin(at.checked_div(*width)? * block + start + at.checked_rem(*width)?)
+            }
+        }
+    }
+
     fn join<T: Tensors>(
         &self,
         tensors: &T,

@@ -181,6 +181,38 @@ fn check(weight: &Weight, shape: &[usize], sources: &Sources, cuts: &[usize]) {
         let found = floats(&out, evaluation.element);
         assert_eq!(found, wanted[range[0]..range[1]], "{weight}: elements {range:?} of {shape:?}");
     }
+    check_origins(&evaluation, weight, &wanted);
+}
+
+/// True if nothing is computed or turned.
+fn moved(weight: &Weight) -> bool {
+    match weight {
+        Weight::Source(_) => true,
+        Weight::AddOne(_) | Weight::Transpose(_) => false,
+        Weight::Concat(_, parts) | Weight::Stack(parts) | Weight::Interleave(_, parts) => parts.iter().all(moved),
+        Weight::Split(_, of) | Weight::Reshape(_, of) => moved(of),
+    }
+}
+
+/// Where elements come from, which is known of all but those that are computed or turned.
+fn check_origins(evaluation: &Evaluation, weight: &Weight, wanted: &[f32]) {
+    let moved = moved(weight);
+    for (flat, wanted) in wanted.iter().enumerate() {
+        match evaluation.origin(flat) {
+            Some((name, at)) => {
+                assert_eq!(Sources::value(Sources::index(name), at).to_bits(), wanted.to_bits(), "{weight}: {flat}");
+            }
+            None => assert!(!moved, "{weight}: the origin of {flat}"),
+        }
+    }
+    let columns = evaluation.shape.last().copied().unwrap_or(1).max(1);
+    if evaluation.moves_rows() {
+        for flat in 0..wanted.len() {
+            let (first, within) = (flat - flat % columns, flat % columns);
+            let (name, at) = evaluation.origin(first).unwrap();
+            assert!(evaluation.origin(flat) == Some((name, at + within)) && at % columns == 0, "{weight}: {flat}");
+        }
+    }
 }
 
 proptest! {
@@ -219,4 +251,7 @@ fn by_hand() {
     assert_eq!(all(&Weight::Split(split, Box::new(a.clone()))), (vec![2, 1], vec![1., 3.]));
     assert!(Evaluation::new(&Weight::Reshape(vec![5], Box::new(a.clone())), &sources).is_err());
     assert!(Evaluation::new(&Weight::source("t9"), &sources).is_err());
+    let rows = |weight: &Weight| Evaluation::new(weight, &sources).unwrap().moves_rows();
+    assert!(rows(&a) && rows(&Weight::Stack(ab())) && rows(&Weight::Interleave(0, ab())));
+    assert!(!rows(&Weight::Concat(1, ab())) && !rows(&Weight::Transpose(Box::new(a.clone()))));
 }

@@ -16,7 +16,7 @@ use crate::element::ElementType;
 use crate::error::{Code, Error, Result};
 use crate::interrupt;
 use crate::lower::Part;
-use crate::quantize::{ScaleType, Scheme, quantize_rows};
+use crate::quantize::{Algorithm, Blocks, ScaleType, Scheme, pack_rows, quantize_rows};
 use crate::read::{Checkpoint, FileHash, hash_file};
 use crate::stage::stage;
 use crate::weight::{Evaluation, Tensors, convert, read_floats, write_floats};
@@ -283,13 +283,12 @@ impl Job<'_> {
         scheme: &Scheme,
         part: Part,
     ) -> Result<Chunk<'p>, Failure> {
-        let Task { evaluation, sides, .. } = self.task;
-        let mut raw = pool.take(self.count * evaluation.element.size());
-        evaluation.fill(tensors, self.first, &mut raw.bytes)?;
-        let mut values = Vec::with_capacity(self.count);
-        read_floats(&raw.bytes, evaluation.element, &mut values)?;
-        drop(raw);
-        let blocks = quantize_rows(&values, self.task.columns(), None, scheme)?;
+        let sides = &self.task.sides;
+        let (blocks, zeros) = if scheme.algorithm() == Algorithm::Stored {
+            self.stored(tensors, scheme)?
+        } else {
+            (self.rounded(tensors, pool, scheme)?, Vec::new())
+        };
         let mut bytes = pool.take(blocks.data.len());
         bytes.bytes.copy_from_slice(&blocks.data);
         if part == Part::SignedData {
@@ -303,18 +302,65 @@ impl Job<'_> {
         let mut beside = Vec::new();
         for (part, _) in sides {
             let mut side = blocks.zero_points.clone().unwrap_or_default();
-            match part {
-                Part::Scales => {
-                    side = vec![0; blocks.scales.len() * element.size()];
-                    write_floats(&blocks.scales, element, &mut side)?;
-                }
-                Part::SignedZeroPoints => make_signed(&mut side, scheme),
-                _ => {}
+            let floats = match part {
+                Part::Scales => Some(&blocks.scales),
+                Part::ZeroPoints if scheme.has_float_zeros() => Some(&zeros),
+                _ => None,
+            };
+            if let Some(floats) = floats {
+                side = vec![0; floats.len() * element.size()];
+                write_floats(floats, element, &mut side)?;
+            } else if *part == Part::SignedZeroPoints {
+                make_signed(&mut side, scheme);
             }
             beside.push(side);
         }
         Ok(Chunk { bytes, sides: beside })
     }
+
+    /// Rows of floats, rounded to integers.
+    fn rounded(&self, tensors: &Stored<'_>, pool: &Pool, scheme: &Scheme) -> Result<Blocks, Failure> {
+        let evaluation = &self.task.evaluation;
+        let mut raw = pool.take(self.count * evaluation.element.size());
+        evaluation.fill(tensors, self.first, &mut raw.bytes)?;
+        let mut values = Vec::with_capacity(self.count);
+        read_floats(&raw.bytes, evaluation.element, &mut values)?;
+        drop(raw);
+        Ok(quantize_rows(&values, self.task.columns(), None, scheme)?)
+    }
+
+    /// Rows of the integers that the checkpoint holds, with its zero points.
+    fn stored(&self, tensors: &Stored<'_>, scheme: &Scheme) -> Result<(Blocks, Vec<f32>), Failure> {
+        let (columns, blocks) = (self.task.columns(), scheme.blocks(self.task.columns()));
+        let rows = self.count / columns;
+        let lost = || "rows that are no rows of a quantised tensor".to_owned();
+        let mut places = Vec::with_capacity(rows);
+        for slot in 0..rows {
+            let (name, at) = self.task.evaluation.origin(self.first + slot * columns).ok_or_else(lost)?;
+            places.push((name, at / columns, slot));
+        }
+        places.sort_unstable();
+        let (mut codes, mut scales) = (vec![0; self.count], vec![0.0; rows * blocks]);
+        let mut zeros = scales.clone();
+        for run in places.chunk_by(|a, b| a.0 == b.0 && a.1 + 1 == b.1) {
+            let (Some((name, first, _)), Some((_, last, _))) = (run.first(), run.last()) else { continue };
+            let tensor = tensors.0.get(name).ok_or_else(lost)?;
+            let made = tensors.0.affine_rows(tensor, *first..*last + 1).map_err(Failure::Read)?;
+            for (row, (_, _, slot)) in run.iter().enumerate() {
+                deal(&made.codes, row, &mut codes, *slot, columns).ok_or_else(lost)?;
+                deal(&made.scales, row, &mut scales, *slot, blocks).ok_or_else(lost)?;
+                deal(&made.zeros, row, &mut zeros, *slot, blocks).ok_or_else(lost)?;
+            }
+        }
+        Ok((pack_rows(&codes, scales, &zeros, columns, scheme)?, zeros))
+    }
+}
+
+/// Copies a row to its place among others.
+fn deal<T: Copy>(from: &[T], row: usize, to: &mut [T], slot: usize, length: usize) -> Option<()> {
+    let from = from.get(row * length..(row + 1) * length)?;
+    to.get_mut(slot * length..(slot + 1) * length)?.copy_from_slice(from);
+    Some(())
 }
 
 /// Less the implicit zero point, in two's complement: the highest bit of each integer flips.

@@ -13,7 +13,7 @@ use hf2onnx::element::StoredType;
 use hf2onnx::encoding::{Catalogue, Configs, Parts, Stored};
 use hf2onnx::error::{Code, Error, Result};
 use safetensors::SafeTensors;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 /// A stored tensor with its bytes.
 #[derive(Debug, Clone)]
@@ -96,6 +96,23 @@ impl Repository {
             shape: tensor.shape.clone(),
         };
         self.tensors.iter().map(stored).collect()
+    }
+
+    /// Writes the repository, whatever was done to it, into an empty folder.
+    pub fn write(&self, into: &Path) {
+        for (name, map) in &self.files {
+            fs::write(into.join(name), serde_json::to_vec(map).unwrap()).unwrap();
+        }
+        let (mut header, mut data) = (Map::new(), Vec::new());
+        for (name, tensor) in &self.tensors {
+            let offsets = [data.len(), data.len() + tensor.bytes.len()];
+            let (dtype, shape) = (tensor.dtype.as_str(), &tensor.shape);
+            header.insert(name.clone(), json!({ "dtype": dtype, "shape": shape, "data_offsets": offsets }));
+            data.extend_from_slice(&tensor.bytes);
+        }
+        let header = serde_json::to_vec(&header).unwrap();
+        let length = u64::try_from(header.len()).unwrap().to_le_bytes();
+        fs::write(into.join("model.safetensors"), [length.as_slice(), &header, &data].concat()).unwrap();
     }
 
     /// The catalogue, with the shapes that an architecture would give.
