@@ -20,11 +20,14 @@ use self::block::{Grid, Range};
 use self::lanes::{LANES, Lanes};
 
 pub use self::feedback::{Inputs, quantize_with_inputs};
+pub use self::moments::Moments;
 
 mod block;
 mod feedback;
 mod lanes;
+mod moments;
 mod pack;
+mod product;
 
 /// How the scale, and the zero point where there is one, of a block is found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

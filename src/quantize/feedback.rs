@@ -12,16 +12,17 @@
 use pulp::Simd;
 use rayon::prelude::*;
 
-use super::block::{Grid, Range};
-use super::lanes::{LANES, Lanes, total};
+use super::block::{Fit, Grid, Range, Rounding};
+use super::lanes::{LANES, Lanes};
+use super::product::{WIDTH, add_products};
 use super::{Blocks, MOST_LANES, Refused, RowsMut, Scheme, column_weights, gather, pack, row_count};
 
 /// What a layer's inputs look like: the mean of `x^T x` over them, factored. Layers with the same input share one.
 #[derive(Debug, Clone)]
 pub struct Inputs {
     columns: usize,
-    /// `L`, row-major; what is right of the diagonal means nothing.
-    factor: Vec<f32>,
+    /// `L` in panels of [`WIDTH`] of its rows side by side, each up to its diagonal; there and beyond it are zeros.
+    factor: Vec<[f32; WIDTH]>,
     /// `D`.
     pivots: Vec<f32>,
 }
@@ -32,7 +33,7 @@ const DAMPING: f32 = 0.01;
 /// Rows that are eliminated together: they stay in the cache while the others pass by.
 const PANEL: usize = 64;
 /// Rows of a matrix that share what is read of the factor.
-const ROWS: usize = 8;
+const ROWS: usize = 4 * LANES;
 
 impl Inputs {
     /// Factors the mean of `x^T x`, `[columns, columns]`. Takes `columns^3 / 3` multiplications and additions.
@@ -57,7 +58,7 @@ impl Inputs {
         let damping = if mean > 0.0 { mean * DAMPING } else { 1.0 };
         factor.iter_mut().step_by(columns + 1).for_each(|value| *value += damping);
         let pivots = eliminate(&mut factor, columns, damping);
-        Ok(Self { columns, factor, pivots })
+        Ok(Self { columns, factor: panels(&factor, columns), pivots })
     }
 
     /// Length of an input.
@@ -65,9 +66,29 @@ impl Inputs {
         self.columns
     }
 
-    fn row(&self, column: usize) -> &[f32] {
-        self.factor.chunks(self.columns).nth(column).unwrap_or_default()
+    /// A panel: for each column before its end, the elements of its rows.
+    #[inline(always)]
+    fn panel(&self, index: usize) -> &[[f32; WIDTH]] {
+        let start = WIDTH * index * (index + 1) / 2;
+        self.factor.get(start..start + WIDTH * (index + 1)).unwrap_or_default()
     }
+}
+
+/// The strict lower triangle of a matrix in panels.
+fn panels(matrix: &[f32], columns: usize) -> Vec<[f32; WIDTH]> {
+    let count = columns.div_ceil(WIDTH);
+    let mut packed = vec![[0.0; WIDTH]; WIDTH * count * (count + 1) / 2];
+    let mut rest = packed.as_mut_slice();
+    for (index, rows) in matrix.chunks(WIDTH * columns).enumerate() {
+        let Some((panel, after)) = rest.split_at_mut_checked(WIDTH * (index + 1)) else { break };
+        for (offset, row) in rows.chunks(columns).enumerate() {
+            for (slots, value) in panel.iter_mut().zip(row).take(WIDTH * index + offset) {
+                slots.iter_mut().skip(offset).take(1).for_each(|slot| *slot = *value);
+            }
+        }
+        rest = after;
+    }
+    packed
 }
 
 /// Turns the lower triangle of a positive definite matrix into `L` and returns `D`, from the last row to the first.
@@ -154,7 +175,7 @@ pub fn quantize_with_inputs(values: &[f32], inputs: &Inputs, scheme: &Scheme) ->
     Ok(blocks)
 }
 
-/// A few rows of a matrix, block by block.
+/// Some rows of a matrix, block by block.
 struct Rows<'a> {
     values: &'a [f32],
     inputs: &'a Inputs,
@@ -163,6 +184,53 @@ struct Rows<'a> {
     grid: Grid,
     out: RowsMut<'a>,
 }
+
+/// Sixteen rows side by side: an element for each column, filled up to whole panels.
+struct Group {
+    /// Its first row among those of the tile.
+    first: usize,
+    /// Rows that are there; the others are zeros.
+    rows: usize,
+    values: Vec<Lanes>,
+    /// What is to be rounded, as far as the errors before it are known.
+    targets: Vec<Lanes>,
+    errors: Vec<Lanes>,
+}
+
+impl Group {
+    fn new(first: usize, values: &[f32], columns: usize) -> Self {
+        let mut sides = vec![[0.0; LANES]; columns.next_multiple_of(WIDTH)];
+        for (lane, row) in values.chunks(columns).enumerate() {
+            for (side, value) in sides.iter_mut().zip(row) {
+                side.iter_mut().skip(lane).take(1).for_each(|slot| *slot = *value);
+            }
+        }
+        let errors = vec![[0.0; LANES]; sides.len()];
+        Self { first, rows: values.len() / columns, targets: sides.clone(), values: sides, errors }
+    }
+
+    /// Adds what the errors of the columns `from..to` make of the columns of a panel.
+    #[inline(always)]
+    fn feed<S: Simd>(&mut self, simd: S, panel: &[[f32; WIDTH]], at: usize, from: usize, to: usize) {
+        let (errors, factors) = (self.errors.get(from..to), panel.get(from..to));
+        let targets = self.targets.get_mut(at..).and_then(|targets| targets.first_chunk_mut::<WIDTH>());
+        if let (Some(errors), Some(factors), Some(targets)) = (errors, factors, targets) {
+            add_products(simd, errors, factors, targets);
+        }
+    }
+
+    /// One row of the columns from `start`, as a block.
+    #[inline(always)]
+    fn row(&self, lane: usize, start: usize, length: usize, block: &mut [f32; MOST]) {
+        let columns = self.targets.get(start..start + length).unwrap_or_default();
+        for (value, lanes) in block.iter_mut().zip(columns) {
+            *value = lanes.get(lane).copied().unwrap_or(0.0);
+        }
+    }
+}
+
+/// Columns of the largest block.
+const MOST: usize = LANES * MOST_LANES;
 
 impl pulp::WithSimd for Rows<'_> {
     type Output = Result<(), Refused>;
@@ -175,20 +243,17 @@ impl pulp::WithSimd for Rows<'_> {
                 return Err(Refused::value(values).at(row));
             }
         }
-        let mut errors = vec![0.0; self.values.len()];
-        let mut targets = self.values.to_vec();
+        let groups = self.values.chunks(LANES * columns).enumerate();
+        let mut groups: Vec<Group> = groups.map(|(i, values)| Group::new(i * LANES, values, columns)).collect();
         for (index, weights) in self.weights.chunks(size / LANES).enumerate() {
-            let start = index * size;
-            for column in start..columns.min(start + size) {
-                let Some(factor) = self.inputs.row(column).get(..start) else { continue };
-                for (errors, targets) in errors.chunks(columns).zip(targets.chunks_mut(columns)) {
-                    if let Some(target) = targets.get_mut(column) {
-                        *target += dot(simd, errors, factor);
-                    }
-                }
+            let (start, end) = (index * size, columns.min((index + 1) * size));
+            for at in (start..end).step_by(WIDTH) {
+                // A panel stays in the cache for all groups.
+                let panel = self.inputs.panel(at / WIDTH);
+                groups.iter_mut().for_each(|group| group.feed(simd, panel, at, 0, start));
             }
-            for (row, (targets, errors)) in targets.chunks_mut(columns).zip(errors.chunks_mut(columns)).enumerate() {
-                self.block(simd, index, row, weights, targets, errors).map_err(|refused| refused.at(row))?;
+            for group in &mut groups {
+                self.block(simd, index, weights, group)?;
             }
         }
         Ok(())
@@ -196,77 +261,68 @@ impl pulp::WithSimd for Rows<'_> {
 }
 
 impl Rows<'_> {
-    /// Quantises one block of one row. `targets` holds what is to be rounded but for the errors made in this block.
+    /// Quantises one block of sixteen rows, whose targets lack but the errors made in this block.
     #[inline(always)]
-    fn block<S: Simd>(
-        &mut self,
-        simd: S,
-        index: usize,
-        row: usize,
-        weights: &[Lanes],
-        targets: &mut [f32],
-        errors: &mut [f32],
-    ) -> Result<(), Refused> {
-        let (columns, size) = (self.inputs.columns, self.scheme.block_size);
-        let start = index * size;
-        let (end, grid) = (columns.min(start + size), self.grid);
-        let mut padded = [[0.0; LANES]; MOST_LANES];
-        let wanted = targets.get_mut(start..end).unwrap_or_default();
-        let block = gather(wanted, &mut padded, size);
-        let Some(range) = Range::of(block) else { return Err(Refused::value(targets)) };
-        let fit = grid.fit(simd, block, weights, range);
-        if !fit.scale.is_finite() {
-            return Err(Refused::Scale { row, column: start });
-        }
-        let values = self.values.get(row * columns + start..row * columns + end).unwrap_or_default();
-        for (offset, (target, value)) in wanted.iter_mut().zip(values).enumerate() {
-            let factor = self.inputs.row(start + offset).get(start..start + offset).unwrap_or_default();
-            *target += dot(simd, errors.get(start..).unwrap_or_default(), factor);
-            if let Some(error) = errors.get_mut(start + offset) {
-                *error = value - grid.nearest_value(*target, fit);
+    fn block<S: Simd>(&mut self, simd: S, index: usize, weights: &[Lanes], group: &mut Group) -> Result<(), Refused> {
+        let (columns, size, grid) = (self.inputs.columns, self.scheme.block_size, self.grid);
+        let (start, end) = (index * size, columns.min((index + 1) * size));
+        let (mut row, mut padded) = ([0.0; MOST], [[0.0; LANES]; MOST_LANES]);
+        let mut fits = [Fit { scale: 0.0, zero: grid.middle }; LANES];
+        for (lane, fit) in fits.iter_mut().enumerate().take(group.rows) {
+            group.row(lane, start, end - start, &mut row);
+            let values = row.get(..end - start).unwrap_or_default();
+            let block = gather(values, &mut padded, size);
+            let Some(range) = Range::of(block) else { return Err(Refused::value(values).at(group.first + lane)) };
+            *fit = grid.fit(simd, block, weights, range);
+            if !fit.scale.is_finite() {
+                return Err(Refused::Scale { row: group.first + lane, column: start });
             }
         }
-        let block = gather(wanted, &mut padded, size);
-        let bytes = self.scheme.block_bytes();
+        let rounding = Rounding::new(&grid, &fits);
+        for at in (start..end).step_by(WIDTH) {
+            let panel = self.inputs.panel(at / WIDTH);
+            group.feed(simd, panel, at, start, at);
+            for (column, factors) in (at..end.min(at + WIDTH)).zip(panel.get(at..).unwrap_or_default()) {
+                let (target, value) = (group.targets.get(column), group.values.get(column));
+                let Some((target, value)) = target.zip(value) else { continue };
+                let error = rounding.error(*target, value);
+                let later = group.targets.get_mut(column + 1..).unwrap_or_default();
+                for (target, factor) in later.iter_mut().zip(factors.iter().skip(column + 1 - at)) {
+                    target.iter_mut().zip(&error).for_each(|(target, error)| *target += error * factor);
+                }
+                group.errors.iter_mut().skip(column).take(1).for_each(|slot| *slot = error);
+            }
+        }
+        for (lane, fit) in fits.iter().enumerate().take(group.rows) {
+            group.row(lane, start, end - start, &mut row);
+            let block = gather(row.get(..end - start).unwrap_or_default(), &mut padded, size);
+            self.store(group.first + lane, index, block, *fit);
+        }
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn store(&mut self, row: usize, index: usize, block: &[Lanes], fit: Fit) {
+        let (columns, bytes) = (self.inputs.columns, self.scheme.block_bytes());
         let place = row * self.scheme.blocks(columns) + index;
         let data = self.out.data.get_mut(place * bytes..(place + 1) * bytes).unwrap_or_default();
-        pack::store(block, &grid, fit, data);
+        pack::store(block, &self.grid, fit, data);
         if let Some(scale) = self.out.scales.get_mut(place) {
             *scale = fit.scale;
         }
         let zeros = self.out.zeros.get_mut(row * self.scheme.row_zero_bytes(columns)..).unwrap_or_default();
         pack::set(zeros, index, self.scheme.bits, fit.zero);
-        Ok(())
     }
-}
-
-/// Sum of products, as far as the shorter one goes; sixteen sums, then one.
-#[inline(always)]
-fn dot<S: Simd>(simd: S, a: &[f32], b: &[f32]) -> f32 {
-    let length = a.len().min(b.len());
-    let (a, b) = (a.get(..length).unwrap_or_default(), b.get(..length).unwrap_or_default());
-    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
-    let mut sums = [0.0; LANES];
-    {
-        let (sums, _) = S::as_mut_simd_f32s(&mut sums);
-        for (a, b) in a.iter().zip(b) {
-            for ((sum, &a), &b) in sums.iter_mut().zip(S::as_simd_f32s(a).0).zip(S::as_simd_f32s(b).0) {
-                *sum = simd.add_f32s(*sum, simd.mul_f32s(a, b));
-            }
-        }
-    }
-    let rest: f32 = a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum();
-    total(sums) + rest
 }
 
 #[cfg(test)]
 #[expect(clippy::cast_precision_loss, reason = "small numbers")]
-mod tests {
+pub(super) mod tests {
     use super::super::{Algorithm, dequantize_rows, quantize_rows};
     use super::*;
 
     /// Uniform between -1 and 1, the same in every run.
-    fn noise(count: usize, seed: u64) -> Vec<f32> {
+    pub(in super::super) fn noise(count: usize, seed: u64) -> Vec<f32> {
         let mut state = seed;
         let mut next = || {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -300,6 +356,18 @@ mod tests {
         .sum()
     }
 
+    /// The mean of `x^T x` as one writes it.
+    pub(in super::super) fn moments_of(inputs: &[f32], columns: usize) -> Vec<f64> {
+        let mut sums = vec![0.0; columns * columns];
+        for x in inputs.chunks(columns) {
+            for (sums, a) in sums.chunks_mut(columns).zip(x) {
+                sums.iter_mut().zip(x).for_each(|(sum, b)| *sum += f64::from(*a) * f64::from(*b));
+            }
+        }
+        let count = (inputs.len() / columns) as f64;
+        sums.into_iter().map(|sum| sum / count).collect()
+    }
+
     /// With the damping of [`Inputs::new`].
     fn damped(moments: &[f32], columns: usize) -> Vec<f64> {
         let mut matrix: Vec<f64> = moments.iter().map(|x| f64::from(*x)).collect();
@@ -317,7 +385,7 @@ mod tests {
         let entry = |row: usize, column: usize| match row.cmp(&column) {
             std::cmp::Ordering::Less => 0.0,
             std::cmp::Ordering::Equal => 1.0,
-            std::cmp::Ordering::Greater => f64::from(inputs.row(row)[column]),
+            std::cmp::Ordering::Greater => f64::from(inputs.panel(row / WIDTH)[column][row % WIDTH]),
         };
         for (at, wanted) in damped(&moments, columns).into_iter().enumerate() {
             let (i, j) = (at / columns, at % columns);
