@@ -367,6 +367,15 @@ impl Refused {
         Self::Value { row: 0, column, value: values.get(column).copied().unwrap_or(f32::NAN) }
     }
 
+    /// The same behind other columns.
+    #[cold]
+    fn behind(self, columns: usize) -> Self {
+        match self {
+            Self::Value { row, column, value } => Self::Value { row, column: columns + column, value },
+            Self::Scale { row, column } => Self::Scale { row, column: columns + column },
+        }
+    }
+
     #[cold]
     fn at(self, row: usize) -> Self {
         match self {

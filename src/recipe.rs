@@ -155,6 +155,7 @@ impl Recipe {
             rules: self.rules.iter().map(rule).collect(),
             accuracy_level: self.accuracy_level,
             matrices,
+            calibration: None,
         }
     }
 }
@@ -170,6 +171,22 @@ pub struct Quantization {
     pub accuracy_level: i64,
     /// How many matrices became what.
     pub matrices: BTreeMap<String, Counted>,
+    /// What was known of the inputs of matrices.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub calibration: Option<Calibrated>,
+}
+
+/// The text that a model read to show the inputs of its matrices.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Calibrated {
+    /// How errors were weighed: `gptq`.
+    pub method: &'static str,
+    /// Hash of the text's file.
+    pub sha256: String,
+    /// Tokens of it that were read.
+    pub tokens: usize,
+    /// Tokens that were read at a time.
+    pub window: usize,
 }
 
 /// Matrices of one scheme.

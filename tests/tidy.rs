@@ -38,6 +38,7 @@ const PIPELINE: [&str; 35] = [
     "session",
     "golden",
     "tokenizer",
+    "calibrate",
     "toy",
     "verify",
     "generate",

@@ -272,7 +272,9 @@ impl Rows<'_> {
             group.row(lane, start, end - start, &mut row);
             let values = row.get(..end - start).unwrap_or_default();
             let block = gather(values, &mut padded, size);
-            let Some(range) = Range::of(block) else { return Err(Refused::value(values).at(group.first + lane)) };
+            let Some(range) = Range::of(block) else {
+                return Err(Refused::value(values).behind(start).at(group.first + lane));
+            };
             *fit = grid.fit(simd, block, weights, range);
             if !fit.scale.is_finite() {
                 return Err(Refused::Scale { row: group.first + lane, column: start });
