@@ -128,8 +128,8 @@ impl Calibration {
         for window in &self.windows {
             probe.run(window, |index, values| {
                 let name = names.get(index);
-                let meant = group.iter_mut().filter(|(site, _)| name.is_some_and(|name| site.names.contains(name)));
-                meant.map(|(site, moments)| moments.add(values).map_err(|reason| refused(site, &reason))).collect()
+                let mut meant = group.iter_mut().filter(|(site, _)| name.is_some_and(|name| site.names.contains(name)));
+                meant.try_for_each(|(site, moments)| moments.add(values).map_err(|reason| refused(site, &reason)))
             })?;
         }
         drop(probe);

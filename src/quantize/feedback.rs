@@ -250,7 +250,9 @@ impl pulp::WithSimd for Rows<'_> {
             for at in (start..end).step_by(WIDTH) {
                 // A panel stays in the cache for all groups.
                 let panel = self.inputs.panel(at / WIDTH);
-                groups.iter_mut().for_each(|group| group.feed(simd, panel, at, 0, start));
+                for group in &mut groups {
+                    group.feed(simd, panel, at, 0, start);
+                }
             }
             for group in &mut groups {
                 self.block(simd, index, weights, group)?;
