@@ -19,7 +19,7 @@ use crate::error::{Code, Error, Result};
 use crate::graph::Dim;
 use crate::lower::Padding;
 use crate::opset::Target;
-use crate::quantize::{Inputs, Moments};
+use crate::quantize::{Inputs, Moments, Scheme};
 use crate::read::hash_file;
 use crate::recipe::Calibrated;
 use crate::session::{self, Probe};
@@ -36,7 +36,7 @@ const FEWEST: usize = 256;
 /// No text has more bytes a token: what lies behind them is not read.
 const BYTES_PER_TOKEN: usize = 32;
 /// Bytes of second moments that are held at a time.
-const BUDGET: usize = 512 << 20;
+const BUDGET: usize = 384 << 20;
 
 /// A text for a model to read.
 #[derive(Debug, Clone)]
@@ -53,8 +53,8 @@ pub struct Calibration {
     /// The float build, which is never put in a place of its own.
     model: Written,
     windows: Vec<Vec<i64>>,
-    /// By the expression of a matrix over tensors.
-    sites: BTreeMap<String, Site>,
+    /// What a matrix is multiplied with and the length of that, by its expression over tensors.
+    sites: BTreeMap<String, (BTreeSet<String>, usize)>,
     /// Matrices that will be asked for.
     announced: VecDeque<Option<Site>>,
     found: BTreeMap<Site, Arc<Inputs>>,
@@ -69,6 +69,8 @@ struct Site {
     names: BTreeSet<String>,
     /// Length of an input.
     columns: usize,
+    /// Columns of a block of those matrices.
+    block: usize,
 }
 
 impl Calibration {
@@ -134,7 +136,7 @@ impl Calibration {
         }
         drop(probe);
         while let Some((site, moments)) = group.pop_first() {
-            let inputs = moments.finish().map_err(|reason| refused(&site, &reason))?;
+            let inputs = moments.finish(site.block).map_err(|reason| refused(&site, &reason))?;
             self.found.insert(site, Arc::new(inputs));
         }
         Ok(())
@@ -142,8 +144,12 @@ impl Calibration {
 }
 
 impl write::Calibration for Calibration {
-    fn announce(&mut self, matrices: &[&Weight]) {
-        self.announced = matrices.iter().map(|matrix| self.sites.get(&key(matrix)).cloned()).collect();
+    fn announce(&mut self, matrices: &[(&Weight, Scheme)]) {
+        let site = |(matrix, scheme): &(&Weight, Scheme)| {
+            let (names, columns) = self.sites.get(&key(matrix))?.clone();
+            Some(Site { names, columns, block: scheme.block_size() })
+        };
+        self.announced = matrices.iter().map(site).collect();
     }
 
     fn next(&mut self) -> Result<Option<Arc<Inputs>>> {
@@ -165,7 +171,7 @@ fn key(matrix: &Weight) -> String {
 }
 
 /// What each matrix of a float build is multiplied with.
-fn sites(compiled: &Compiled) -> BTreeMap<String, Site> {
+fn sites(compiled: &Compiled) -> BTreeMap<String, (BTreeSet<String>, usize)> {
     let graph = &compiled.lowered.graph;
     let mut sites = BTreeMap::new();
     for parameter in &compiled.plan.parameters {
@@ -174,7 +180,7 @@ fn sites(compiled: &Compiled) -> BTreeMap<String, Site> {
         let columns = parameter.shape.last().copied().unwrap_or(0);
         if values.iter().all(|id| width(*id) == Some(columns) && graph.ty(*id).element == ElementType::F32) {
             let names = values.iter().map(|id| graph.value(*id).name.clone()).collect();
-            sites.insert(key(&parameter.weight), Site { names, columns });
+            sites.insert(key(&parameter.weight), (names, columns));
         }
     }
     sites

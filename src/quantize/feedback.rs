@@ -9,10 +9,12 @@
 //! `sum over k of D[k] (e[k] + sum over i < k of L[k, i] e[i])^2`, `e = w - q`. Its term `k` depends on no later column,
 //! so each is made small in turn: column `k` is rounded from `w[k] + sum over i < k of L[k, i] e[i]`.
 
+use std::ops::Range;
+
 use pulp::Simd;
 use rayon::prelude::*;
 
-use super::block::{Fit, Grid, Range, Rounding};
+use super::block::{Fit, Grid, Range as Extremes, Rounding};
 use super::lanes::{LANES, Lanes};
 use super::product::{WIDTH, add_products};
 use super::{Blocks, MOST_LANES, Refused, RowsMut, Scheme, column_weights, gather, pack, row_count};
@@ -21,6 +23,10 @@ use super::{Blocks, MOST_LANES, Refused, RowsMut, Scheme, column_weights, gather
 #[derive(Debug, Clone)]
 pub struct Inputs {
     columns: usize,
+    /// The columns in the order in which they are rounded.
+    order: Vec<usize>,
+    /// The size of the blocks that the order keeps together, if it is not that of the columns.
+    block: Option<usize>,
     /// `L` in panels of [`WIDTH`] of its rows side by side, each up to its diagonal; there and beyond it are zeros.
     factor: Vec<[f32; WIDTH]>,
     /// `D`.
@@ -36,29 +42,57 @@ const PANEL: usize = 64;
 const ROWS: usize = 4 * LANES;
 
 impl Inputs {
-    /// Factors the mean of `x^T x`, `[columns, columns]`. Takes `columns^3 / 3` multiplications and additions.
+    /// Factors the mean of `x^T x`, `[columns, columns]`, of which the lower triangle is read, for columns that are
+    /// rounded from the first to the last. Takes `columns^3 / 3` multiplications and additions.
     ///
     /// # Errors
     /// Another length, a value that is not finite, or a negative one on the diagonal.
     pub fn new(second_moments: Vec<f32>, columns: usize) -> Result<Self, String> {
-        if columns == 0 || second_moments.len() != columns * columns {
-            return Err(format!("{} second moments, not {columns} x {columns}", second_moments.len()));
+        check(&second_moments, columns)?;
+        Ok(Self::factored(second_moments, (0..columns).collect(), None))
+    }
+
+    /// The same for blocks of one size: those with the largest inputs come first, and in each the columns with the
+    /// largest ones, so that what matters most is rounded while there are still columns to make up for it.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn ordered(second_moments: &[f32], columns: usize, block_size: usize) -> Result<Self, String> {
+        check(second_moments, columns)?;
+        let entry = |row: usize, column: usize| {
+            let (low, high) = (row.min(column), row.max(column));
+            second_moments.get(high * columns + low).copied().unwrap_or(0.0)
+        };
+        let mut blocks: Vec<Vec<usize>> = Vec::new();
+        for start in (0..columns).step_by(block_size.max(1)) {
+            let mut block: Vec<usize> = (start..columns.min(start + block_size)).collect();
+            block.sort_by(|a, b| entry(*b, *b).total_cmp(&entry(*a, *a)));
+            blocks.push(block);
         }
-        if let Some(at) = second_moments.iter().position(|value| !value.is_finite()) {
-            return Err(format!("the second moment of columns {} and {} is not finite", at / columns, at % columns));
-        }
-        let mut factor = second_moments;
-        let diagonal = || factor.iter().step_by(columns + 1);
-        if let Some(column) = diagonal().position(|value| *value < 0.0) {
-            return Err(format!("the second moment of column {column} is negative"));
-        }
+        let short = blocks.pop_if(|block| block.len() < block_size);
+        let size = |block: &Vec<usize>| block.iter().map(|column| entry(*column, *column)).sum::<f32>();
+        blocks.sort_by(|a, b| size(b).total_cmp(&size(a)));
+        blocks.extend(short);
+        let order = blocks.concat();
+        let mut moments = vec![0.0; columns * columns];
+        moments.par_chunks_mut(columns).zip(&order).enumerate().for_each(|(at, (slots, row))| {
+            for (slot, column) in slots.iter_mut().zip(&order).take(at + 1) {
+                *slot = entry(*row, *column);
+            }
+        });
+        Ok(Self::factored(moments, order, Some(block_size)))
+    }
+
+    /// The factors of second moments that stand in the order of rounding.
+    fn factored(mut factor: Vec<f32>, order: Vec<usize>, block: Option<usize>) -> Self {
+        let columns = order.len();
         #[expect(clippy::cast_precision_loss, reason = "a mean")]
-        let mean = diagonal().sum::<f32>() / columns as f32;
+        let mean = factor.iter().step_by(columns + 1).sum::<f32>() / columns as f32;
         // Without any input all columns cost the same.
         let damping = if mean > 0.0 { mean * DAMPING } else { 1.0 };
         factor.iter_mut().step_by(columns + 1).for_each(|value| *value += damping);
         let pivots = eliminate(&mut factor, columns, damping);
-        Ok(Self { columns, factor: panels(&factor, columns), pivots })
+        Self { columns, order, block, factor: panels(&factor, columns), pivots }
     }
 
     /// Length of an input.
@@ -71,6 +105,19 @@ impl Inputs {
     fn panel(&self, index: usize) -> &[[f32; WIDTH]] {
         let start = WIDTH * index * (index + 1) / 2;
         self.factor.get(start..start + WIDTH * (index + 1)).unwrap_or_default()
+    }
+}
+
+fn check(second_moments: &[f32], columns: usize) -> Result<(), String> {
+    if columns == 0 || second_moments.len() != columns * columns {
+        return Err(format!("{} second moments, not {columns} x {columns}", second_moments.len()));
+    }
+    if let Some(at) = second_moments.iter().position(|value| !value.is_finite()) {
+        return Err(format!("the second moment of columns {} and {} is not finite", at / columns, at % columns));
+    }
+    match second_moments.iter().step_by(columns + 1).position(|value| *value < 0.0) {
+        Some(column) => Err(format!("the second moment of column {column} is negative")),
+        None => Ok(()),
     }
 }
 
@@ -160,11 +207,18 @@ impl pulp::WithSimd for Subtract<'_> {
 /// columns as they are when their turn comes, weighted by what is left of each column's importance.
 ///
 /// # Errors
-/// As [`super::quantize_rows`]; and inputs of another length.
+/// As [`super::quantize_rows`]; and inputs of another length, or for blocks of another size.
 pub fn quantize_with_inputs(values: &[f32], inputs: &Inputs, scheme: &Scheme) -> Result<Blocks, String> {
     let columns = inputs.columns;
     let rows = row_count(values.len(), columns)?;
-    let weights = column_weights(columns, Some(&inputs.pivots), scheme)?;
+    if let Some(block) = inputs.block.filter(|block| *block != scheme.block_size) {
+        return Err(format!("inputs for blocks of {block}, and not of {}", scheme.block_size));
+    }
+    let mut importance = vec![0.0; columns];
+    for (column, pivot) in inputs.order.iter().zip(&inputs.pivots) {
+        importance.iter_mut().skip(*column).take(1).for_each(|slot| *slot = *pivot);
+    }
+    let weights = column_weights(columns, Some(&importance), scheme)?;
     let mut blocks = Blocks::zeroed(rows, columns, scheme);
     blocks.rows_mut(columns, ROWS, scheme).zip(values.par_chunks(ROWS * columns)).enumerate().try_for_each(
         |(chunk, (out, values))| {
@@ -198,11 +252,13 @@ struct Group {
 }
 
 impl Group {
-    fn new(first: usize, values: &[f32], columns: usize) -> Self {
+    fn new(first: usize, values: &[f32], order: &[usize]) -> Self {
+        let columns = order.len();
         let mut sides = vec![[0.0; LANES]; columns.next_multiple_of(WIDTH)];
         for (lane, row) in values.chunks(columns).enumerate() {
-            for (side, value) in sides.iter_mut().zip(row) {
-                side.iter_mut().skip(lane).take(1).for_each(|slot| *slot = *value);
+            for (side, column) in sides.iter_mut().zip(order) {
+                let value = row.get(*column).copied().unwrap_or(0.0);
+                side.iter_mut().skip(lane).take(1).for_each(|slot| *slot = value);
             }
         }
         let errors = vec![[0.0; LANES]; sides.len()];
@@ -219,12 +275,13 @@ impl Group {
         }
     }
 
-    /// One row of the columns from `start`, as a block.
+    /// One row's targets from `start`, as a block; `order` says where each stands in the block that starts at `first`.
     #[inline(always)]
-    fn row(&self, lane: usize, start: usize, length: usize, block: &mut [f32; MOST]) {
-        let columns = self.targets.get(start..start + length).unwrap_or_default();
-        for (value, lanes) in block.iter_mut().zip(columns) {
-            *value = lanes.get(lane).copied().unwrap_or(0.0);
+    fn row(&self, lane: usize, start: usize, order: &[usize], first: usize, block: &mut [f32; MOST]) {
+        for (column, lanes) in order.iter().zip(self.targets.get(start..).unwrap_or_default()) {
+            if let (Some(slot), Some(value)) = (block.get_mut(column - first), lanes.get(lane)) {
+                *slot = *value;
+            }
         }
     }
 }
@@ -244,9 +301,10 @@ impl pulp::WithSimd for Rows<'_> {
             }
         }
         let groups = self.values.chunks(LANES * columns).enumerate();
-        let mut groups: Vec<Group> = groups.map(|(i, values)| Group::new(i * LANES, values, columns)).collect();
-        for (index, weights) in self.weights.chunks(size / LANES).enumerate() {
-            let (start, end) = (index * size, columns.min((index + 1) * size));
+        let mut groups: Vec<Group> =
+            groups.map(|(i, values)| Group::new(i * LANES, values, &self.inputs.order)).collect();
+        for start in (0..columns).step_by(size) {
+            let end = columns.min(start + size);
             for at in (start..end).step_by(WIDTH) {
                 // A panel stays in the cache for all groups.
                 let panel = self.inputs.panel(at / WIDTH);
@@ -255,7 +313,7 @@ impl pulp::WithSimd for Rows<'_> {
                 }
             }
             for group in &mut groups {
-                self.block(simd, index, weights, group)?;
+                self.block(simd, start..end, group)?;
             }
         }
         Ok(())
@@ -265,21 +323,30 @@ impl pulp::WithSimd for Rows<'_> {
 impl Rows<'_> {
     /// Quantises one block of sixteen rows, whose targets lack but the errors made in this block.
     #[inline(always)]
-    fn block<S: Simd>(&mut self, simd: S, index: usize, weights: &[Lanes], group: &mut Group) -> Result<(), Refused> {
-        let (columns, size, grid) = (self.inputs.columns, self.scheme.block_size, self.grid);
-        let (start, end) = (index * size, columns.min((index + 1) * size));
+    fn block<S: Simd>(
+        &mut self,
+        simd: S,
+        Range { start, end }: Range<usize>,
+        group: &mut Group,
+    ) -> Result<(), Refused> {
+        let (size, grid) = (self.scheme.block_size, self.grid);
+        // Its columns, of which the first one's multiple of the block's size says which block it is.
+        let order = self.inputs.order.get(start..end).unwrap_or_default();
+        let index = order.first().copied().unwrap_or(start) / size;
+        let (first, lanes) = (index * size, size / LANES);
+        let weights = self.weights.get(index * lanes..(index + 1) * lanes).unwrap_or_default();
         let (mut row, mut padded) = ([0.0; MOST], [[0.0; LANES]; MOST_LANES]);
         let mut fits = [Fit { scale: 0.0, zero: grid.middle }; LANES];
         for (lane, fit) in fits.iter_mut().enumerate().take(group.rows) {
-            group.row(lane, start, end - start, &mut row);
+            group.row(lane, start, order, first, &mut row);
             let values = row.get(..end - start).unwrap_or_default();
             let block = gather(values, &mut padded, size);
-            let Some(range) = Range::of(block) else {
-                return Err(Refused::value(values).behind(start).at(group.first + lane));
+            let Some(range) = Extremes::of(block) else {
+                return Err(Refused::value(values).behind(first).at(group.first + lane));
             };
             *fit = grid.fit(simd, block, weights, range);
             if !fit.scale.is_finite() {
-                return Err(Refused::Scale { row: group.first + lane, column: start });
+                return Err(Refused::Scale { row: group.first + lane, column: first });
             }
         }
         let rounding = Rounding::new(&grid, &fits);
@@ -298,7 +365,7 @@ impl Rows<'_> {
             }
         }
         for (lane, fit) in fits.iter().enumerate().take(group.rows) {
-            group.row(lane, start, end - start, &mut row);
+            group.row(lane, start, order, first, &mut row);
             let block = gather(row.get(..end - start).unwrap_or_default(), &mut padded, size);
             self.store(group.first + lane, index, block, *fit);
         }
@@ -450,14 +517,26 @@ pub(super) mod tests {
         let columns = 75;
         let moments = moments(columns);
         let values = noise(11 * columns, 5);
-        let inputs = Inputs::new(moments.clone(), columns).expect("factors");
         let scheme = Scheme::new(4, true, 32, Algorithm::Nearest).expect("a scheme");
-        let blocks = quantize_with_inputs(&values, &inputs, &scheme).expect("quantises");
-        let found = dequantize_rows(&blocks, columns, &scheme).expect("dequantises");
-        let rows = values.chunks(columns).zip(found.chunks(columns)).zip(blocks.scales.chunks(3));
-        for ((row, found), scales) in rows {
-            for (a, b) in found.iter().zip(textbook(row, &moments, scales, 32)) {
-                assert!((f64::from(*a) - b).abs() < 1e-5, "{a}, not {b}");
+        let (plain, ordered) = (Inputs::new(moments.clone(), columns), Inputs::ordered(&moments, columns, 32));
+        let (plain, ordered) = (plain.expect("factors"), ordered.expect("factors"));
+        assert_eq!(plain.order, (0..columns).collect::<Vec<_>>());
+        let blocks: Vec<Vec<usize>> =
+            ordered.order.chunks(32).map(|block| block.iter().map(|c| c / 32).collect()).collect();
+        assert!(blocks.iter().all(|block| block.iter().all(|of| *of == block[0])), "blocks stay together");
+        assert_ne!(ordered.order, plain.order);
+        for inputs in [plain, ordered] {
+            let blocks = quantize_with_inputs(&values, &inputs, &scheme).expect("quantises");
+            let found = dequantize_rows(&blocks, columns, &scheme).expect("dequantises");
+            let in_order = |row: &[f32]| -> Vec<f32> { inputs.order.iter().map(|column| row[*column]).collect() };
+            let moments: Vec<f32> =
+                inputs.order.iter().flat_map(|i| in_order(&moments[i * columns..][..columns])).collect();
+            let rows = values.chunks(columns).zip(found.chunks(columns)).zip(blocks.scales.chunks(3));
+            for ((row, found), scales) in rows {
+                let scales: Vec<f32> = inputs.order.iter().step_by(32).map(|column| scales[column / 32]).collect();
+                for (a, b) in in_order(found).iter().zip(textbook(&in_order(row), &moments, &scales, 32)) {
+                    assert!((f64::from(*a) - b).abs() < 1e-5, "{a}, not {b}");
+                }
             }
         }
     }
@@ -507,5 +586,8 @@ pub(super) mod tests {
         let refused = quantize_with_inputs(&[0.0, 1.0, 2.0, f32::NAN], &inputs, &scheme).expect_err("refused");
         assert!(refused.contains("row 1, column 1"), "{refused}");
         assert!(quantize_with_inputs(&[0.0; 3], &inputs, &scheme).is_err());
+        let other = Inputs::ordered(&[1.0, 0.5, 0.5, 1.0], 2, 32).expect("factors");
+        let refused = quantize_with_inputs(&[0.0; 2], &other, &scheme).expect_err("another size of blocks");
+        assert!(refused.contains("32"), "{refused}");
     }
 }

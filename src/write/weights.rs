@@ -36,8 +36,8 @@ pub struct Streamed {
 
 /// What is known of the inputs of matrices that are quantised, each an expression over tensors.
 pub trait Calibration: Send {
-    /// Says which matrices will be asked for, each once, and in which order.
-    fn announce(&mut self, matrices: &[&Weight]);
+    /// Says which matrices will be asked for, each once, in which order, and what they become.
+    fn announce(&mut self, matrices: &[(&Weight, Scheme)]);
 
     /// The inputs of the next matrix; none, if nothing is known of them.
     ///
@@ -168,8 +168,9 @@ struct Known<'c> {
 
 impl<'c> Known<'c> {
     fn new(tasks: &[Task], mut calibration: Option<&'c mut dyn Calibration>) -> Self {
-        let matrices = tasks.iter().map(|task| task.initializer).filter(|initializer| initializer.quantized.is_some());
-        let matrices: Vec<&Weight> = matrices.map(|initializer| &initializer.weight).collect();
+        let matrices = tasks.iter().map(|task| task.initializer);
+        let matrices = matrices.filter_map(|matrix| Some((&matrix.weight, matrix.quantized?.0)));
+        let matrices: Vec<(&Weight, Scheme)> = matrices.collect();
         if let Some(calibration) = &mut calibration {
             calibration.announce(&matrices);
         }
