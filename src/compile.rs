@@ -18,7 +18,7 @@ use crate::graph::Graph;
 use crate::lower::{self, Lowered, Padding, Precision, Stored};
 use crate::opset::Target;
 use crate::read::{Repository, hash_bytes};
-use crate::recipe::{self, Quantization, Recipe};
+use crate::recipe::{self, Calibrated, Quantization, Recipe};
 use crate::scaffold;
 use crate::stage::stage;
 use crate::synth;
@@ -181,6 +181,19 @@ pub fn write(
     force: Force,
     progress: impl FnMut(u64) + Send,
 ) -> Result<Written> {
+    write_calibrated(compiled, options, output, force, None, progress)
+}
+
+/// As [`write`], with matrices quantised for the inputs that they meet, as far as those are known.
+pub fn write_calibrated(
+    compiled: &Compiled,
+    options: &Options,
+    output: &Path,
+    force: Force,
+    calibration: Option<(&mut dyn write::Calibration, Calibrated)>,
+    progress: impl FnMut(u64) + Send,
+) -> Result<Written> {
+    let (calibration, record) = calibration.unzip();
     let proto = stage!("encode", compiled.encode(options));
     write::check_space(output, compiled.layout.written_bytes().saturating_add(proto.len() as u64))?;
     let staging = Staging::new(output, force)?;
@@ -190,12 +203,14 @@ pub fn write(
     let (plan, layout, checkpoint) = (&compiled.plan, &compiled.layout, &compiled.repository.checkpoint);
     let links = stage!("link", write::link(checkpoint, &layout.linked, &folder))?;
     let hash = matches!(options.weights, Weights::Pack { .. } | Weights::Link { hash: true });
-    let streamed = stage!("weights", write::stream(plan, layout, checkpoint, (&folder, &name), hash, progress))?;
+    let place = (folder.as_path(), name.as_str());
+    let streamed = stage!("weights", write::stream(plan, layout, checkpoint, place, hash, calibration, progress))?;
     let graph = folder.join(&name);
     fs::write(&graph, &proto).map_err(|error| Error::io(&graph, &error))?;
     let (repository, signature) = (&compiled.repository, compiled.signature(options));
     let files = stage!("other files", write::write_consumer_files(repository, &signature, staging.path()))?;
-    let manifest = Manifest::new(compiled, options, streamed, hash_bytes(&name, &proto))?;
+    let mut manifest = Manifest::new(compiled, options, streamed, hash_bytes(&name, &proto))?;
+    manifest.calibrated(record);
     let written = Written { staging, manifest, files, links };
     stage!("other files", written.write_manifest())?;
     Ok(written)

@@ -20,11 +20,14 @@ use self::block::{Grid, Range};
 use self::lanes::{LANES, Lanes};
 
 pub use self::feedback::{Inputs, quantize_with_inputs};
+pub use self::moments::Moments;
 
 mod block;
 mod feedback;
 mod lanes;
+mod moments;
 mod pack;
+mod product;
 
 /// How the scale, and the zero point where there is one, of a block is found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -453,6 +456,15 @@ impl Refused {
         let odd = values.iter().position(|value| value.is_nan() || value.abs() > block::LARGEST);
         let column = odd.unwrap_or(0);
         Self::Value { row: 0, column, value: values.get(column).copied().unwrap_or(f32::NAN) }
+    }
+
+    /// The same behind other columns.
+    #[cold]
+    fn behind(self, columns: usize) -> Self {
+        match self {
+            Self::Value { row, column, value } => Self::Value { row, column: columns + column, value },
+            Self::Scale { row, column } => Self::Scale { row, column: columns + column },
+        }
     }
 
     #[cold]

@@ -208,6 +208,7 @@ impl Recipe {
                 Some(2) => "_q2",
                 Some(_) => "_q4",
             },
+            calibration: None,
         }
     }
 
@@ -237,6 +238,9 @@ pub struct Quantization {
     /// What consumers call such a model: the suffix of its file.
     #[serde(skip)]
     pub suffix: &'static str,
+    /// What was known of the inputs of matrices.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub calibration: Option<Calibrated>,
 }
 
 /// What became of a checkpoint's own quantisation.
@@ -249,6 +253,19 @@ pub struct FromCheckpoint {
     pub exact: Option<bool>,
     /// Quantised parameters that were decoded to floats, and why.
     pub decoded: BTreeMap<String, String>,
+}
+
+/// The text that a model read to show the inputs of its matrices.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Calibrated {
+    /// How errors were weighed: `gptq`.
+    pub method: &'static str,
+    /// Hash of the text's file.
+    pub sha256: String,
+    /// Tokens of it that were read.
+    pub tokens: usize,
+    /// Tokens that were read at a time.
+    pub window: usize,
 }
 
 /// Matrices of one scheme.

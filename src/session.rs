@@ -1,10 +1,12 @@
 //! A decoder in onnxruntime: opened from a built directory, run step by step with its state kept as onnxruntime's own values.
 
+mod probe;
 mod row;
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use ort::session::builder::SessionBuilder;
 use ort::session::{Session, SessionInputValue};
 use ort::value::{DynValue, Tensor, TensorElementType, ValueType};
 use prost::Message as _;
@@ -13,6 +15,7 @@ use crate::element::ElementType;
 use crate::error::{Code, Error, Result};
 use crate::onnx::{GraphProto, ModelProto, ValueInfoProto};
 
+pub use probe::Probe;
 pub use row::{Mark, Row};
 
 /// How to open a decoder.
@@ -274,20 +277,30 @@ impl Decoder {
 }
 
 fn open_session(environment: &ort::environment::Environment, file: &Path, options: &Options) -> ort::Result<Session> {
-    let mut builder = Session::builder(environment)?;
-    if options.threads > 0 {
-        builder = builder.with_intra_threads(options.threads)?;
-    }
+    let mut builder = builder(environment, options)?;
     if !options.hidden_states {
         return builder.commit_from_file(file);
     }
     let bytes = fs::read(file).map_err(|e| ort::Error::new(e.to_string()))?;
     let bytes = with_hidden_states(bytes).map_err(|e| ort::Error::new(e.to_string()))?;
+    from_bytes(builder, file, &bytes)
+}
+
+fn builder(environment: &ort::environment::Environment, options: &Options) -> ort::Result<SessionBuilder> {
+    let builder = Session::builder(environment)?;
+    if options.threads > 0 {
+        return Ok(builder.with_intra_threads(options.threads)?);
+    }
+    Ok(builder)
+}
+
+/// A session of a model made from a file, whose weights lie beside that file.
+fn from_bytes(builder: SessionBuilder, file: &Path, bytes: &[u8]) -> ort::Result<Session> {
     let folder = file.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let folder = std::path::absolute(folder).map_err(|e| ort::Error::new(e.to_string()))?;
     builder
         .with_config_entry("session.model_external_initializers_file_folder_path", folder.to_string_lossy())?
-        .commit_from_memory(&bytes)
+        .commit_from_memory(bytes)
 }
 
 /// Makes the values named `hidden_states.{i}` outputs of a model.

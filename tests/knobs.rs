@@ -175,7 +175,7 @@ impl Model {
 fn write(options: &Options, description: Description, folder: &Path) -> hf2onnx::error::Result<()> {
     let compiled = compile_description(Repository::open(&options.repository)?, description, options)?;
     let (plan, layout) = (&compiled.plan, &compiled.layout);
-    stream(plan, layout, &compiled.repository.checkpoint, (folder, "model.onnx"), false, |_| {})?;
+    stream(plan, layout, &compiled.repository.checkpoint, (folder, "model.onnx"), false, None, |_| {})?;
     let bytes = compiled.encode(options);
     let path = folder.join("model.onnx");
     std::fs::write(&path, bytes).map_err(|error| hf2onnx::error::Error::io(&path, &error))

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 type TestResult<T = ()> = Result<T, Box<dyn Error>>;
 
 /// The modules in the order of the pipeline: each may use those before it.
-const PIPELINE: [&str; 35] = [
+const PIPELINE: [&str; 36] = [
     "error",
     "guard",
     "stage",
@@ -38,6 +38,7 @@ const PIPELINE: [&str; 35] = [
     "session",
     "golden",
     "tokenizer",
+    "calibrate",
     "toy",
     "verify",
     "generate",

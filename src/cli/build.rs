@@ -10,6 +10,7 @@ use super::quantization::QuantizationOptions;
 use super::verify::{judge, print_report};
 use super::{Output, RuntimeOption, repo};
 use crate::build::Logits;
+use crate::calibrate::Calibration;
 use crate::compile::{self, Compiled, Cost, Weights, Written, compile};
 use crate::element::ElementType;
 use crate::error::{Code, Error, Result};
@@ -17,7 +18,7 @@ use crate::golden::Golden;
 use crate::lower;
 use crate::opset::Target;
 use crate::verify::{Options, Report, against_golden, consistency};
-use crate::write::{Force, LinkReport, free_space};
+use crate::write::{self, Force, LinkReport, free_space};
 
 /// Compile a repository into an ONNX directory.
 ///
@@ -220,7 +221,13 @@ impl Build {
         }
         let force = if self.force { Force::Yes } else { Force::No };
         let bar = progress_bar(compiled.layout.written_bytes(), output);
-        let mut written = compile::write(&compiled, &options, &self.output, force, |n| bar.inc(n))?;
+        let mut calibration = self.calibration(&options, output)?;
+        let known = calibration.as_mut().map(|calibration| {
+            let record = calibration.record.clone();
+            (calibration as &mut dyn write::Calibration, record)
+        });
+        let mut written = compile::write_calibrated(&compiled, &options, &self.output, force, known, |n| bar.inc(n))?;
+        drop(calibration);
         bar.finish_and_clear();
         let report = match &self.verify {
             Some(_) => Some(self.verify(&options, &mut written, golden.as_ref(), output)?),
@@ -233,6 +240,13 @@ impl Build {
             output.say(note);
         }
         self.print(&compiled, &options, &links, report.as_ref(), output)
+    }
+
+    /// The float build that shows what matrices are multiplied with, if there is a text for it to read.
+    fn calibration(&self, options: &compile::Options, output: &Output) -> Result<Option<Calibration>> {
+        let Some(text) = self.model.quantization.text() else { return Ok(None) };
+        self.runtime.ensure(output)?;
+        Calibration::new(options, &text, &sibling(&self.output, "float")).map(Some)
     }
 
     /// The golden to verify against, read before anything is built.
@@ -265,7 +279,7 @@ impl Build {
             // The same specification in the plainest operators is an independent witness of the lowering.
             let other = compile::Options { target: Target::named("primitive")?, ..options.clone() };
             let plain = compile(&other)?;
-            let witness = compile::write(&plain, &other, &sibling(&self.output), Force::Yes, |_| {})?;
+            let witness = compile::write(&plain, &other, &sibling(&self.output, "primitive"), Force::Yes, |_| {})?;
             consistency(written.path(), Some(witness.path()), &settings)?
         };
         report.model.clone_from(&self.output);
@@ -364,10 +378,10 @@ fn load_words(cost: &Cost) -> Option<String> {
     (cost.widened > 0).then(words)
 }
 
-/// Where the witness of a consistency check is staged: never committed, so nothing appears there.
-fn sibling(output: &Path) -> PathBuf {
+/// Where a build that only serves another one is staged: never committed, so nothing appears there.
+fn sibling(output: &Path, what: &str) -> PathBuf {
     let name = output.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    output.with_file_name(format!("{name}.primitive"))
+    output.with_file_name(format!("{name}.{what}"))
 }
 
 /// A bar over bytes; indicatif hides it where nobody watches.

@@ -1,7 +1,10 @@
 //! The options of `hf2onnx build` that quantise.
 
+use std::path::PathBuf;
+
 use clap::{Args, ValueEnum};
 
+use crate::calibrate::{self, Text};
 use crate::error::Result;
 use crate::quantize;
 use crate::recipe::{Changes, Recipe};
@@ -32,6 +35,12 @@ pub(super) struct QuantizationOptions {
     /// How products are computed: 0 open, 1 float32, 4 with 8-bit activations, the fastest on CPUs [default: 4]
     #[arg(long, value_name = "LEVEL")]
     accuracy_level: Option<i64>,
+    /// Weigh errors by what a matrix is multiplied with while the model reads this text
+    #[arg(long, value_name = "FILE", requires = "quant")]
+    calibrate: Option<PathBuf>,
+    /// Tokens of that text to read at most
+    #[arg(long, value_name = "N", requires = "calibrate", default_value_t = calibrate::TOKENS)]
+    calibrate_tokens: usize,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -59,6 +68,11 @@ enum Scales {
 }
 
 impl QuantizationOptions {
+    /// The text to calibrate on, if there is one.
+    pub(super) fn text(&self) -> Option<Text<'_>> {
+        self.calibrate.as_deref().map(|path| Text { path, tokens: self.calibrate_tokens })
+    }
+
     /// The recipe, if one was asked for.
     pub(super) fn recipe(&self) -> Result<Option<Recipe>> {
         let changes = Changes {

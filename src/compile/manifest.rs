@@ -10,7 +10,7 @@ use crate::error::Result;
 use crate::hub;
 use crate::lower::{Note, Padding};
 use crate::read::{FileHash, hash_files};
-use crate::recipe::Quantization;
+use crate::recipe::{Calibrated, Quantization};
 use crate::spec::ModelSpec;
 use crate::write::Streamed;
 
@@ -86,5 +86,12 @@ impl Manifest {
             dropped_tensors: compiled.plan.dropped.clone(),
             lowering: compiled.lowered.notes.clone(),
         })
+    }
+
+    /// Says on what matrices were calibrated.
+    pub(super) fn calibrated(&mut self, record: Option<Calibrated>) {
+        if let Some(quantization) = &mut self.quantization {
+            quantization.calibration = record;
+        }
     }
 }

@@ -24,7 +24,7 @@ pub use link::Stored;
 pub use onnx_graph::{Attribute, Constant, MICROSOFT, Onnx, Operator, Part, Quantized};
 pub use quantized::Precision;
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use crate::build::{Composite, Kind, Model};
 use crate::element::ElementType;
@@ -66,6 +66,8 @@ pub struct Lowered {
     pub graph: Graph<Onnx>,
     /// Form chosen and reasons against the better ones, by composite operation.
     pub notes: Vec<Note>,
+    /// What each matrix of a product is multiplied with: values of the graph, by parameter.
+    pub inputs: BTreeMap<String, BTreeSet<ValueId>>,
 }
 
 /// A composite operation for which the target's best form was not used.
@@ -111,7 +113,8 @@ pub fn lower(model: &Graph<Model>, options: &Options) -> Result<Lowered> {
         lowerer.e.graph.rename(lowered, &model.value(*id).name);
         lowerer.e.graph.outputs.push(lowered);
     }
-    Ok(Lowered { graph: lowerer.e.graph, notes: lowerer.notes.into_values().collect() })
+    let inputs = lowerer.inputs(model);
+    Ok(Lowered { graph: lowerer.e.graph, notes: lowerer.notes.into_values().collect(), inputs })
 }
 
 struct Lowerer<'s> {
@@ -196,6 +199,18 @@ impl Lowerer<'_> {
             self.values.insert(*id, lowered);
         }
         Ok(())
+    }
+
+    /// What each matrix of a product is multiplied with.
+    fn inputs(&self, model: &Graph<Model>) -> BTreeMap<String, BTreeSet<ValueId>> {
+        let mut inputs: BTreeMap<String, BTreeSet<ValueId>> = BTreeMap::new();
+        for node in model.nodes.iter().filter(|node| node.op == Composite::Linear) {
+            let [Some(x), Some(weight), ..] = node.inputs.as_slice() else { continue };
+            if let Some(lowered) = self.values.get(x) {
+                inputs.entry(model.value(*weight).name.clone()).or_default().insert(*lowered);
+            }
+        }
+        inputs
     }
 
     fn composite(&mut self, model: &Graph<Model>, node: &Node<Composite>, ids: &[ValueId]) -> Result<Vec<ValueId>> {

@@ -204,16 +204,42 @@ impl Grid {
         })
     }
 
-    /// The value of the grid that is nearest to another.
-    #[inline(always)]
-    pub(super) fn nearest_value(&self, value: f32, fit: Fit) -> f32 {
-        round(clamp(value * reciprocal(fit.scale), -fit.zero, self.top - fit.zero)) * fit.scale
-    }
-
     /// A scale as it is stored.
     #[inline(always)]
     fn store(&self, scale: f32) -> f32 {
         self.scales.round(scale)
+    }
+}
+
+/// Rounding to sixteen grids, one a lane.
+pub(super) struct Rounding {
+    inverse: Lanes,
+    low: Lanes,
+    high: Lanes,
+    scale: Lanes,
+}
+
+impl Rounding {
+    #[inline(always)]
+    pub(super) fn new(grid: &Grid, fits: &[Fit; LANES]) -> Self {
+        Self {
+            inverse: fits.map(|fit| reciprocal(fit.scale)),
+            low: fits.map(|fit| -fit.zero),
+            high: fits.map(|fit| grid.top - fit.zero),
+            scale: fits.map(|fit| fit.scale),
+        }
+    }
+
+    /// By how much values lie above what their targets are rounded to.
+    #[inline(always)]
+    pub(super) fn error(&self, targets: Lanes, values: &Lanes) -> Lanes {
+        let mut errors = targets;
+        let bounds = self.low.iter().zip(&self.high);
+        let grids = self.inverse.iter().zip(&self.scale).zip(bounds);
+        for ((error, value), ((inverse, scale), (low, high))) in errors.iter_mut().zip(values).zip(grids) {
+            *error = value - round(clamp(*error * inverse, *low, *high)) * scale;
+        }
+        errors
     }
 }
 

@@ -9,19 +9,26 @@
 //! `sum over k of D[k] (e[k] + sum over i < k of L[k, i] e[i])^2`, `e = w - q`. Its term `k` depends on no later column,
 //! so each is made small in turn: column `k` is rounded from `w[k] + sum over i < k of L[k, i] e[i]`.
 
+use std::ops::Range;
+
 use pulp::Simd;
 use rayon::prelude::*;
 
-use super::block::{Grid, Range};
-use super::lanes::{LANES, Lanes, total};
+use super::block::{Fit, Grid, Range as Extremes, Rounding};
+use super::lanes::{LANES, Lanes};
+use super::product::{WIDTH, add_products};
 use super::{Blocks, MOST_LANES, Refused, RowsMut, Scheme, column_weights, gather, pack, row_count};
 
 /// What a layer's inputs look like: the mean of `x^T x` over them, factored. Layers with the same input share one.
 #[derive(Debug, Clone)]
 pub struct Inputs {
     columns: usize,
-    /// `L`, row-major; what is right of the diagonal means nothing.
-    factor: Vec<f32>,
+    /// The columns in the order in which they are rounded.
+    order: Vec<usize>,
+    /// The size of the blocks that the order keeps together, if it is not that of the columns.
+    block: Option<usize>,
+    /// `L` in panels of [`WIDTH`] of its rows side by side, each up to its diagonal; there and beyond it are zeros.
+    factor: Vec<[f32; WIDTH]>,
     /// `D`.
     pivots: Vec<f32>,
 }
@@ -32,32 +39,60 @@ const DAMPING: f32 = 0.01;
 /// Rows that are eliminated together: they stay in the cache while the others pass by.
 const PANEL: usize = 64;
 /// Rows of a matrix that share what is read of the factor.
-const ROWS: usize = 8;
+const ROWS: usize = 4 * LANES;
 
 impl Inputs {
-    /// Factors the mean of `x^T x`, `[columns, columns]`. Takes `columns^3 / 3` multiplications and additions.
+    /// Factors the mean of `x^T x`, `[columns, columns]`, of which the lower triangle is read, for columns that are
+    /// rounded from the first to the last. Takes `columns^3 / 3` multiplications and additions.
     ///
     /// # Errors
     /// Another length, a value that is not finite, or a negative one on the diagonal.
     pub fn new(second_moments: Vec<f32>, columns: usize) -> Result<Self, String> {
-        if columns == 0 || second_moments.len() != columns * columns {
-            return Err(format!("{} second moments, not {columns} x {columns}", second_moments.len()));
+        check(&second_moments, columns)?;
+        Ok(Self::factored(second_moments, (0..columns).collect(), None))
+    }
+
+    /// The same for blocks of one size: those with the largest inputs come first, and in each the columns with the
+    /// largest ones, so that what matters most is rounded while there are still columns to make up for it.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn ordered(second_moments: &[f32], columns: usize, block_size: usize) -> Result<Self, String> {
+        check(second_moments, columns)?;
+        let entry = |row: usize, column: usize| {
+            let (low, high) = (row.min(column), row.max(column));
+            second_moments.get(high * columns + low).copied().unwrap_or(0.0)
+        };
+        let mut blocks: Vec<Vec<usize>> = Vec::new();
+        for start in (0..columns).step_by(block_size.max(1)) {
+            let mut block: Vec<usize> = (start..columns.min(start + block_size)).collect();
+            block.sort_by(|a, b| entry(*b, *b).total_cmp(&entry(*a, *a)));
+            blocks.push(block);
         }
-        if let Some(at) = second_moments.iter().position(|value| !value.is_finite()) {
-            return Err(format!("the second moment of columns {} and {} is not finite", at / columns, at % columns));
-        }
-        let mut factor = second_moments;
-        let diagonal = || factor.iter().step_by(columns + 1);
-        if let Some(column) = diagonal().position(|value| *value < 0.0) {
-            return Err(format!("the second moment of column {column} is negative"));
-        }
+        let short = blocks.pop_if(|block| block.len() < block_size);
+        let size = |block: &Vec<usize>| block.iter().map(|column| entry(*column, *column)).sum::<f32>();
+        blocks.sort_by(|a, b| size(b).total_cmp(&size(a)));
+        blocks.extend(short);
+        let order = blocks.concat();
+        let mut moments = vec![0.0; columns * columns];
+        moments.par_chunks_mut(columns).zip(&order).enumerate().for_each(|(at, (slots, row))| {
+            for (slot, column) in slots.iter_mut().zip(&order).take(at + 1) {
+                *slot = entry(*row, *column);
+            }
+        });
+        Ok(Self::factored(moments, order, Some(block_size)))
+    }
+
+    /// The factors of second moments that stand in the order of rounding.
+    fn factored(mut factor: Vec<f32>, order: Vec<usize>, block: Option<usize>) -> Self {
+        let columns = order.len();
         #[expect(clippy::cast_precision_loss, reason = "a mean")]
-        let mean = diagonal().sum::<f32>() / columns as f32;
+        let mean = factor.iter().step_by(columns + 1).sum::<f32>() / columns as f32;
         // Without any input all columns cost the same.
         let damping = if mean > 0.0 { mean * DAMPING } else { 1.0 };
         factor.iter_mut().step_by(columns + 1).for_each(|value| *value += damping);
         let pivots = eliminate(&mut factor, columns, damping);
-        Ok(Self { columns, factor, pivots })
+        Self { columns, order, block, factor: panels(&factor, columns), pivots }
     }
 
     /// Length of an input.
@@ -65,9 +100,42 @@ impl Inputs {
         self.columns
     }
 
-    fn row(&self, column: usize) -> &[f32] {
-        self.factor.chunks(self.columns).nth(column).unwrap_or_default()
+    /// A panel: for each column before its end, the elements of its rows.
+    #[inline(always)]
+    fn panel(&self, index: usize) -> &[[f32; WIDTH]] {
+        let start = WIDTH * index * (index + 1) / 2;
+        self.factor.get(start..start + WIDTH * (index + 1)).unwrap_or_default()
     }
+}
+
+fn check(second_moments: &[f32], columns: usize) -> Result<(), String> {
+    if columns == 0 || second_moments.len() != columns * columns {
+        return Err(format!("{} second moments, not {columns} x {columns}", second_moments.len()));
+    }
+    if let Some(at) = second_moments.iter().position(|value| !value.is_finite()) {
+        return Err(format!("the second moment of columns {} and {} is not finite", at / columns, at % columns));
+    }
+    match second_moments.iter().step_by(columns + 1).position(|value| *value < 0.0) {
+        Some(column) => Err(format!("the second moment of column {column} is negative")),
+        None => Ok(()),
+    }
+}
+
+/// The strict lower triangle of a matrix in panels.
+fn panels(matrix: &[f32], columns: usize) -> Vec<[f32; WIDTH]> {
+    let count = columns.div_ceil(WIDTH);
+    let mut packed = vec![[0.0; WIDTH]; WIDTH * count * (count + 1) / 2];
+    let mut rest = packed.as_mut_slice();
+    for (index, rows) in matrix.chunks(WIDTH * columns).enumerate() {
+        let Some((panel, after)) = rest.split_at_mut_checked(WIDTH * (index + 1)) else { break };
+        for (offset, row) in rows.chunks(columns).enumerate() {
+            for (slots, value) in panel.iter_mut().zip(row).take(WIDTH * index + offset) {
+                slots.iter_mut().skip(offset).take(1).for_each(|slot| *slot = *value);
+            }
+        }
+        rest = after;
+    }
+    packed
 }
 
 /// Turns the lower triangle of a positive definite matrix into `L` and returns `D`, from the last row to the first.
@@ -139,11 +207,18 @@ impl pulp::WithSimd for Subtract<'_> {
 /// columns as they are when their turn comes, weighted by what is left of each column's importance.
 ///
 /// # Errors
-/// As [`super::quantize_rows`]; and inputs of another length.
+/// As [`super::quantize_rows`]; and inputs of another length, or for blocks of another size.
 pub fn quantize_with_inputs(values: &[f32], inputs: &Inputs, scheme: &Scheme) -> Result<Blocks, String> {
     let columns = inputs.columns;
     let rows = row_count(values.len(), columns)?;
-    let weights = column_weights(columns, Some(&inputs.pivots), scheme)?;
+    if let Some(block) = inputs.block.filter(|block| *block != scheme.block_size) {
+        return Err(format!("inputs for blocks of {block}, and not of {}", scheme.block_size));
+    }
+    let mut importance = vec![0.0; columns];
+    for (column, pivot) in inputs.order.iter().zip(&inputs.pivots) {
+        importance.iter_mut().skip(*column).take(1).for_each(|slot| *slot = *pivot);
+    }
+    let weights = column_weights(columns, Some(&importance), scheme)?;
     let mut blocks = Blocks::zeroed(rows, columns, scheme);
     blocks.rows_mut(columns, ROWS, scheme).zip(values.par_chunks(ROWS * columns)).enumerate().try_for_each(
         |(chunk, (out, values))| {
@@ -154,7 +229,7 @@ pub fn quantize_with_inputs(values: &[f32], inputs: &Inputs, scheme: &Scheme) ->
     Ok(blocks)
 }
 
-/// A few rows of a matrix, block by block.
+/// Some rows of a matrix, block by block.
 struct Rows<'a> {
     values: &'a [f32],
     inputs: &'a Inputs,
@@ -163,6 +238,56 @@ struct Rows<'a> {
     grid: Grid,
     out: RowsMut<'a>,
 }
+
+/// Sixteen rows side by side: an element for each column, filled up to whole panels.
+struct Group {
+    /// Its first row among those of the tile.
+    first: usize,
+    /// Rows that are there; the others are zeros.
+    rows: usize,
+    values: Vec<Lanes>,
+    /// What is to be rounded, as far as the errors before it are known.
+    targets: Vec<Lanes>,
+    errors: Vec<Lanes>,
+}
+
+impl Group {
+    fn new(first: usize, values: &[f32], order: &[usize]) -> Self {
+        let columns = order.len();
+        let mut sides = vec![[0.0; LANES]; columns.next_multiple_of(WIDTH)];
+        for (lane, row) in values.chunks(columns).enumerate() {
+            for (side, column) in sides.iter_mut().zip(order) {
+                let value = row.get(*column).copied().unwrap_or(0.0);
+                side.iter_mut().skip(lane).take(1).for_each(|slot| *slot = value);
+            }
+        }
+        let errors = vec![[0.0; LANES]; sides.len()];
+        Self { first, rows: values.len() / columns, targets: sides.clone(), values: sides, errors }
+    }
+
+    /// Adds what the errors of the columns `from..to` make of the columns of a panel.
+    #[inline(always)]
+    fn feed<S: Simd>(&mut self, simd: S, panel: &[[f32; WIDTH]], at: usize, from: usize, to: usize) {
+        let (errors, factors) = (self.errors.get(from..to), panel.get(from..to));
+        let targets = self.targets.get_mut(at..).and_then(|targets| targets.first_chunk_mut::<WIDTH>());
+        if let (Some(errors), Some(factors), Some(targets)) = (errors, factors, targets) {
+            add_products(simd, errors, factors, targets);
+        }
+    }
+
+    /// One row's targets from `start`, as a block; `order` says where each stands in the block that starts at `first`.
+    #[inline(always)]
+    fn row(&self, lane: usize, start: usize, order: &[usize], first: usize, block: &mut [f32; MOST]) {
+        for (column, lanes) in order.iter().zip(self.targets.get(start..).unwrap_or_default()) {
+            if let (Some(slot), Some(value)) = (block.get_mut(column - first), lanes.get(lane)) {
+                *slot = *value;
+            }
+        }
+    }
+}
+
+/// Columns of the largest block.
+const MOST: usize = LANES * MOST_LANES;
 
 impl pulp::WithSimd for Rows<'_> {
     type Output = Result<(), Refused>;
@@ -175,20 +300,20 @@ impl pulp::WithSimd for Rows<'_> {
                 return Err(Refused::value(values).at(row));
             }
         }
-        let mut errors = vec![0.0; self.values.len()];
-        let mut targets = self.values.to_vec();
-        for (index, weights) in self.weights.chunks(size / LANES).enumerate() {
-            let start = index * size;
-            for column in start..columns.min(start + size) {
-                let Some(factor) = self.inputs.row(column).get(..start) else { continue };
-                for (errors, targets) in errors.chunks(columns).zip(targets.chunks_mut(columns)) {
-                    if let Some(target) = targets.get_mut(column) {
-                        *target += dot(simd, errors, factor);
-                    }
+        let groups = self.values.chunks(LANES * columns).enumerate();
+        let mut groups: Vec<Group> =
+            groups.map(|(i, values)| Group::new(i * LANES, values, &self.inputs.order)).collect();
+        for start in (0..columns).step_by(size) {
+            let end = columns.min(start + size);
+            for at in (start..end).step_by(WIDTH) {
+                // A panel stays in the cache for all groups.
+                let panel = self.inputs.panel(at / WIDTH);
+                for group in &mut groups {
+                    group.feed(simd, panel, at, 0, start);
                 }
             }
-            for (row, (targets, errors)) in targets.chunks_mut(columns).zip(errors.chunks_mut(columns)).enumerate() {
-                self.block(simd, index, row, weights, targets, errors).map_err(|refused| refused.at(row))?;
+            for group in &mut groups {
+                self.block(simd, start..end, group)?;
             }
         }
         Ok(())
@@ -196,77 +321,79 @@ impl pulp::WithSimd for Rows<'_> {
 }
 
 impl Rows<'_> {
-    /// Quantises one block of one row. `targets` holds what is to be rounded but for the errors made in this block.
+    /// Quantises one block of sixteen rows, whose targets lack but the errors made in this block.
     #[inline(always)]
     fn block<S: Simd>(
         &mut self,
         simd: S,
-        index: usize,
-        row: usize,
-        weights: &[Lanes],
-        targets: &mut [f32],
-        errors: &mut [f32],
+        Range { start, end }: Range<usize>,
+        group: &mut Group,
     ) -> Result<(), Refused> {
-        let (columns, size) = (self.inputs.columns, self.scheme.block_size);
-        let start = index * size;
-        let (end, grid) = (columns.min(start + size), self.grid);
-        let mut padded = [[0.0; LANES]; MOST_LANES];
-        let wanted = targets.get_mut(start..end).unwrap_or_default();
-        let block = gather(wanted, &mut padded, size);
-        let Some(range) = Range::of(block) else { return Err(Refused::value(targets)) };
-        let fit = grid.fit(simd, block, weights, range);
-        if !fit.scale.is_finite() {
-            return Err(Refused::Scale { row, column: start });
-        }
-        let values = self.values.get(row * columns + start..row * columns + end).unwrap_or_default();
-        for (offset, (target, value)) in wanted.iter_mut().zip(values).enumerate() {
-            let factor = self.inputs.row(start + offset).get(start..start + offset).unwrap_or_default();
-            *target += dot(simd, errors.get(start..).unwrap_or_default(), factor);
-            if let Some(error) = errors.get_mut(start + offset) {
-                *error = value - grid.nearest_value(*target, fit);
+        let (size, grid) = (self.scheme.block_size, self.grid);
+        // Its columns, of which the first one's multiple of the block's size says which block it is.
+        let order = self.inputs.order.get(start..end).unwrap_or_default();
+        let index = order.first().copied().unwrap_or(start) / size;
+        let (first, lanes) = (index * size, size / LANES);
+        let weights = self.weights.get(index * lanes..(index + 1) * lanes).unwrap_or_default();
+        let (mut row, mut padded) = ([0.0; MOST], [[0.0; LANES]; MOST_LANES]);
+        let mut fits = [Fit { scale: 0.0, zero: grid.middle }; LANES];
+        for (lane, fit) in fits.iter_mut().enumerate().take(group.rows) {
+            group.row(lane, start, order, first, &mut row);
+            let values = row.get(..end - start).unwrap_or_default();
+            let block = gather(values, &mut padded, size);
+            let Some(range) = Extremes::of(block) else {
+                return Err(Refused::value(values).behind(first).at(group.first + lane));
+            };
+            *fit = grid.fit(simd, block, weights, range);
+            if !fit.scale.is_finite() {
+                return Err(Refused::Scale { row: group.first + lane, column: first });
             }
         }
-        let block = gather(wanted, &mut padded, size);
-        let bytes = self.scheme.block_bytes();
+        let rounding = Rounding::new(&grid, &fits);
+        for at in (start..end).step_by(WIDTH) {
+            let panel = self.inputs.panel(at / WIDTH);
+            group.feed(simd, panel, at, start, at);
+            for (column, factors) in (at..end.min(at + WIDTH)).zip(panel.get(at..).unwrap_or_default()) {
+                let (target, value) = (group.targets.get(column), group.values.get(column));
+                let Some((target, value)) = target.zip(value) else { continue };
+                let error = rounding.error(*target, value);
+                let later = group.targets.get_mut(column + 1..).unwrap_or_default();
+                for (target, factor) in later.iter_mut().zip(factors.iter().skip(column + 1 - at)) {
+                    target.iter_mut().zip(&error).for_each(|(target, error)| *target += error * factor);
+                }
+                group.errors.iter_mut().skip(column).take(1).for_each(|slot| *slot = error);
+            }
+        }
+        for (lane, fit) in fits.iter().enumerate().take(group.rows) {
+            group.row(lane, start, order, first, &mut row);
+            let block = gather(row.get(..end - start).unwrap_or_default(), &mut padded, size);
+            self.store(group.first + lane, index, block, *fit);
+        }
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn store(&mut self, row: usize, index: usize, block: &[Lanes], fit: Fit) {
+        let (columns, bytes) = (self.inputs.columns, self.scheme.block_bytes());
         let place = row * self.scheme.blocks(columns) + index;
         let data = self.out.data.get_mut(place * bytes..(place + 1) * bytes).unwrap_or_default();
-        pack::store(block, &grid, fit, data);
+        pack::store(block, &self.grid, fit, data);
         if let Some(scale) = self.out.scales.get_mut(place) {
             *scale = fit.scale;
         }
         let zeros = self.out.zeros.get_mut(row * self.scheme.row_zero_bytes(columns)..).unwrap_or_default();
         pack::set(zeros, index, self.scheme.bits, fit.zero);
-        Ok(())
     }
-}
-
-/// Sum of products, as far as the shorter one goes; sixteen sums, then one.
-#[inline(always)]
-fn dot<S: Simd>(simd: S, a: &[f32], b: &[f32]) -> f32 {
-    let length = a.len().min(b.len());
-    let (a, b) = (a.get(..length).unwrap_or_default(), b.get(..length).unwrap_or_default());
-    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
-    let mut sums = [0.0; LANES];
-    {
-        let (sums, _) = S::as_mut_simd_f32s(&mut sums);
-        for (a, b) in a.iter().zip(b) {
-            for ((sum, &a), &b) in sums.iter_mut().zip(S::as_simd_f32s(a).0).zip(S::as_simd_f32s(b).0) {
-                *sum = simd.add_f32s(*sum, simd.mul_f32s(a, b));
-            }
-        }
-    }
-    let rest: f32 = a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum();
-    total(sums) + rest
 }
 
 #[cfg(test)]
 #[expect(clippy::cast_precision_loss, reason = "small numbers")]
-mod tests {
+pub(super) mod tests {
     use super::super::{Algorithm, dequantize_rows, quantize_rows};
     use super::*;
 
     /// Uniform between -1 and 1, the same in every run.
-    fn noise(count: usize, seed: u64) -> Vec<f32> {
+    pub(in super::super) fn noise(count: usize, seed: u64) -> Vec<f32> {
         let mut state = seed;
         let mut next = || {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -300,6 +427,18 @@ mod tests {
         .sum()
     }
 
+    /// The mean of `x^T x` as one writes it.
+    pub(in super::super) fn moments_of(inputs: &[f32], columns: usize) -> Vec<f64> {
+        let mut sums = vec![0.0; columns * columns];
+        for x in inputs.chunks(columns) {
+            for (sums, a) in sums.chunks_mut(columns).zip(x) {
+                sums.iter_mut().zip(x).for_each(|(sum, b)| *sum += f64::from(*a) * f64::from(*b));
+            }
+        }
+        let count = (inputs.len() / columns) as f64;
+        sums.into_iter().map(|sum| sum / count).collect()
+    }
+
     /// With the damping of [`Inputs::new`].
     fn damped(moments: &[f32], columns: usize) -> Vec<f64> {
         let mut matrix: Vec<f64> = moments.iter().map(|x| f64::from(*x)).collect();
@@ -317,7 +456,7 @@ mod tests {
         let entry = |row: usize, column: usize| match row.cmp(&column) {
             std::cmp::Ordering::Less => 0.0,
             std::cmp::Ordering::Equal => 1.0,
-            std::cmp::Ordering::Greater => f64::from(inputs.row(row)[column]),
+            std::cmp::Ordering::Greater => f64::from(inputs.panel(row / WIDTH)[column][row % WIDTH]),
         };
         for (at, wanted) in damped(&moments, columns).into_iter().enumerate() {
             let (i, j) = (at / columns, at % columns);
@@ -378,14 +517,26 @@ mod tests {
         let columns = 75;
         let moments = moments(columns);
         let values = noise(11 * columns, 5);
-        let inputs = Inputs::new(moments.clone(), columns).expect("factors");
         let scheme = Scheme::new(4, true, 32, Algorithm::Nearest).expect("a scheme");
-        let blocks = quantize_with_inputs(&values, &inputs, &scheme).expect("quantises");
-        let found = dequantize_rows(&blocks, columns, &scheme).expect("dequantises");
-        let rows = values.chunks(columns).zip(found.chunks(columns)).zip(blocks.scales.chunks(3));
-        for ((row, found), scales) in rows {
-            for (a, b) in found.iter().zip(textbook(row, &moments, scales, 32)) {
-                assert!((f64::from(*a) - b).abs() < 1e-5, "{a}, not {b}");
+        let (plain, ordered) = (Inputs::new(moments.clone(), columns), Inputs::ordered(&moments, columns, 32));
+        let (plain, ordered) = (plain.expect("factors"), ordered.expect("factors"));
+        assert_eq!(plain.order, (0..columns).collect::<Vec<_>>());
+        let blocks: Vec<Vec<usize>> =
+            ordered.order.chunks(32).map(|block| block.iter().map(|c| c / 32).collect()).collect();
+        assert!(blocks.iter().all(|block| block.iter().all(|of| *of == block[0])), "blocks stay together");
+        assert_ne!(ordered.order, plain.order);
+        for inputs in [plain, ordered] {
+            let blocks = quantize_with_inputs(&values, &inputs, &scheme).expect("quantises");
+            let found = dequantize_rows(&blocks, columns, &scheme).expect("dequantises");
+            let in_order = |row: &[f32]| -> Vec<f32> { inputs.order.iter().map(|column| row[*column]).collect() };
+            let moments: Vec<f32> =
+                inputs.order.iter().flat_map(|i| in_order(&moments[i * columns..][..columns])).collect();
+            let rows = values.chunks(columns).zip(found.chunks(columns)).zip(blocks.scales.chunks(3));
+            for ((row, found), scales) in rows {
+                let scales: Vec<f32> = inputs.order.iter().step_by(32).map(|column| scales[column / 32]).collect();
+                for (a, b) in in_order(found).iter().zip(textbook(&in_order(row), &moments, &scales, 32)) {
+                    assert!((f64::from(*a) - b).abs() < 1e-5, "{a}, not {b}");
+                }
             }
         }
     }
@@ -435,5 +586,8 @@ mod tests {
         let refused = quantize_with_inputs(&[0.0, 1.0, 2.0, f32::NAN], &inputs, &scheme).expect_err("refused");
         assert!(refused.contains("row 1, column 1"), "{refused}");
         assert!(quantize_with_inputs(&[0.0; 3], &inputs, &scheme).is_err());
+        let other = Inputs::ordered(&[1.0, 0.5, 0.5, 1.0], 2, 32).expect("factors");
+        let refused = quantize_with_inputs(&[0.0; 2], &other, &scheme).expect_err("another size of blocks");
+        assert!(refused.contains("32"), "{refused}");
     }
 }

@@ -180,7 +180,7 @@ impl Decoder {
 }
 
 /// A dimension for one row and this many tokens.
-fn size(dim: Dim, tokens: usize) -> usize {
+pub(super) fn size(dim: Dim, tokens: usize) -> usize {
     match dim {
         Dim::Fixed(size) => size,
         Dim::Batch => 1,

@@ -19,4 +19,4 @@ pub use layout::{DataFile, Extent, Layout, data_name};
 pub use link::{LinkReport, link};
 pub use model::encode;
 pub use space::{check_space, free_space};
-pub use weights::{Streamed, stream};
+pub use weights::{Calibration, Streamed, stream};

@@ -2,6 +2,7 @@
 
 use std::io::{Read as _, Seek as _, Write as _};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
@@ -16,10 +17,10 @@ use crate::element::ElementType;
 use crate::error::{Code, Error, Result};
 use crate::interrupt;
 use crate::lower::Part;
-use crate::quantize::{Algorithm, Blocks, ScaleType, Scheme, pack_rows, quantize_rows};
+use crate::quantize::{Algorithm, Blocks, Inputs, ScaleType, Scheme, pack_rows, quantize_rows, quantize_with_inputs};
 use crate::read::{Checkpoint, FileHash, hash_file};
 use crate::stage::stage;
-use crate::weight::{Evaluation, Tensors, convert, read_floats, write_floats};
+use crate::weight::{Evaluation, Tensors, Weight, convert, read_floats, write_floats};
 
 /// Bytes that are computed, written and hashed at a time.
 const CHUNK: usize = 4 << 20;
@@ -33,6 +34,18 @@ pub struct Streamed {
     pub outputs: Vec<FileHash>,
 }
 
+/// What is known of the inputs of matrices that are quantised, each an expression over tensors.
+pub trait Calibration: Send {
+    /// Says which matrices will be asked for, each once, in which order, and what they become.
+    fn announce(&mut self, matrices: &[(&Weight, Scheme)]);
+
+    /// The inputs of the next matrix; none, if nothing is known of them.
+    ///
+    /// # Errors
+    /// They can not be found out.
+    fn next(&mut self) -> Result<Option<Arc<Inputs>>>;
+}
+
 /// Writes every initializer that is not linked into `folder`, where its layout says. `progress` is told of every
 /// chunk's bytes. The checkpoint's files are hashed meanwhile, each when its turn has come, if `hash_sources` says so.
 pub fn stream(
@@ -41,13 +54,14 @@ pub fn stream(
     checkpoint: &Checkpoint,
     (folder, model): (&Path, &str),
     hash_sources: bool,
+    calibration: Option<&mut dyn Calibration>,
     progress: impl FnMut(u64) + Send,
 ) -> Result<Streamed> {
     let stop = AtomicBool::new(false);
     let (turn, turns) = channel();
     let streamed = thread::scope(|scope| {
         let hashing = scope.spawn(|| sources(checkpoint, hash_sources, turns, &stop));
-        let outputs = pack(plan, layout, checkpoint, (folder, model), &turn, progress);
+        let outputs = pack((plan, layout), checkpoint, (folder, model), &turn, calibration, progress);
         drop(turn);
         if outputs.is_err() {
             stop.store(true, Ordering::Relaxed);
@@ -93,6 +107,7 @@ struct Job<'t> {
     /// First element of what the initializer is made from.
     first: usize,
     count: usize,
+    inputs: Option<Arc<Inputs>>,
 }
 
 /// What a job computes.
@@ -102,16 +117,17 @@ struct Chunk<'p> {
 }
 
 fn pack(
-    plan: &Plan,
-    layout: &Layout,
+    (plan, layout): (&Plan, &Layout),
     checkpoint: &Checkpoint,
     (folder, model): (&Path, &str),
     turn: &Sender<usize>,
+    calibration: Option<&mut dyn Calibration>,
     mut progress: impl FnMut(u64) + Send,
 ) -> Result<Vec<FileHash>> {
     let paths: Vec<PathBuf> = (0..layout.written.len()).map(|i| folder.join(data_name(model, i))).collect();
     let tasks = tasks(plan, layout, checkpoint)?;
     let mut jobs = tasks.iter().flat_map(Task::jobs);
+    let mut known = Known::new(&tasks, calibration);
     // Two rounds are on their way: one is computed while the other is written and hashed.
     let window = 2 * rayon::current_num_threads();
     let pool = Pool::default();
@@ -120,10 +136,11 @@ fn pack(
         let mut place = Place { sink, pool: &pool, file: None, sides: Vec::new() };
         loop {
             interrupt::check()?;
-            let round: Vec<Job> = jobs.by_ref().take(window).collect();
+            let mut round: Vec<Job> = jobs.by_ref().take(window).collect();
             if round.is_empty() {
                 return place.end();
             }
+            round.iter_mut().try_for_each(|job| known.tell(job))?;
             for next in round.iter().filter_map(|job| job.task.source) {
                 if source.replace(next) != Some(next) {
                     // Nobody listens when the sources are not hashed.
@@ -140,6 +157,38 @@ fn pack(
         }
     })?;
     Ok(files)
+}
+
+/// Tells jobs of the inputs of their matrices.
+struct Known<'c> {
+    calibration: Option<&'c mut dyn Calibration>,
+    /// Of the matrix that is being written.
+    inputs: Option<Arc<Inputs>>,
+}
+
+impl<'c> Known<'c> {
+    fn new(tasks: &[Task], mut calibration: Option<&'c mut dyn Calibration>) -> Self {
+        let matrices = tasks.iter().map(|task| task.initializer);
+        let matrices = matrices.filter_map(|matrix| Some((&matrix.weight, matrix.quantized?.0)));
+        let matrices: Vec<(&Weight, Scheme)> = matrices.collect();
+        if let Some(calibration) = &mut calibration {
+            calibration.announce(&matrices);
+        }
+        Self { calibration, inputs: None }
+    }
+
+    fn tell(&mut self, job: &mut Job) -> Result<()> {
+        let Some(calibration) = self.calibration.as_mut().filter(|_| job.task.initializer.quantized.is_some()) else {
+            return Ok(());
+        };
+        if job.first == 0 {
+            // Let go before the next ones are made.
+            self.inputs = None;
+            self.inputs = stage!("- calibrate", calibration.next())?;
+        }
+        job.inputs.clone_from(&self.inputs);
+        Ok(())
+    }
 }
 
 /// Puts chunks where they belong, and scales and zero points behind the integers that they come with.
@@ -240,7 +289,12 @@ impl<'p> Task<'p> {
             // Whole rows, as many as fit as floats.
             Some(_) => (CHUNK / 4 / self.columns()).max(1) * self.columns(),
         };
-        (0..total).step_by(step).map(move |first| Job { task: self, first, count: step.min(total - first) })
+        (0..total).step_by(step).map(move |first| Job {
+            task: self,
+            first,
+            count: step.min(total - first),
+            inputs: None,
+        })
     }
 }
 
@@ -326,7 +380,10 @@ impl Job<'_> {
         let mut values = Vec::with_capacity(self.count);
         read_floats(&raw.bytes, evaluation.element, &mut values)?;
         drop(raw);
-        Ok(quantize_rows(&values, self.task.columns(), None, scheme)?)
+        Ok(match &self.inputs {
+            Some(inputs) => quantize_with_inputs(&values, inputs, scheme)?,
+            None => quantize_rows(&values, self.task.columns(), None, scheme)?,
+        })
     }
 
     /// Rows of the integers that the checkpoint holds, with its zero points.
