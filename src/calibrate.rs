@@ -1,5 +1,6 @@
 //! Calibration: the float build of a model reads a text, and what its matrices are multiplied with is remembered as
-//! second moments, by which [`crate::quantize::quantize_with_inputs`] weighs their errors.
+//! second moments, by which [`crate::quantize::quantize_with_inputs`] weighs their errors (GPTQ: Frantar et al., 2022,
+//! arXiv:2210.17323). Experts and tables have no such inputs and keep the recipe's algorithm.
 //!
 //! The moments of a large model do not fit in memory, so they are made in the order in which the matrices are written,
 //! for as many at a time as fit: the text is read once for each such group, by the layers up to the group's last one.
