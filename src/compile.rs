@@ -265,6 +265,11 @@ impl Compiled {
         format!("model{suffix}.onnx")
     }
 
+    /// Whether any matrix is held as integers.
+    pub fn has_integers(&self) -> bool {
+        self.plan.initializers.iter().any(|initializer| initializer.quantized.is_some())
+    }
+
     /// What consumers call its integers, if it has any.
     fn suffix(&self) -> Option<&'static str> {
         self.quantization.as_ref().map(|quantization| quantization.suffix).filter(|suffix| !suffix.is_empty())

@@ -230,7 +230,7 @@ impl Build {
         drop(calibration);
         bar.finish_and_clear();
         let report = match &self.verify {
-            Some(_) => Some(self.verify(&options, &mut written, golden.as_ref(), output)?),
+            Some(_) => Some(self.verify(&options, &mut written, (golden.as_ref(), compiled.has_integers()), output)?),
             None => None,
         };
         let notes = written.files.notes.clone();
@@ -265,14 +265,14 @@ impl Build {
         &self,
         options: &compile::Options,
         written: &mut Written,
-        golden: Option<&Golden>,
+        (golden, rounded): (Option<&Golden>, bool),
         output: &mut Output,
     ) -> Result<Report> {
         self.runtime.ensure(output)?;
         let settings = Options::default();
         let mut report = if let Some(golden) = golden {
             against_golden(written.path(), golden, &settings)?
-        } else if options.recipe.is_some() {
+        } else if rounded {
             // No float witness: what rounding costs is measured against a golden, or by `quant-report`.
             consistency(written.path(), None, &settings)?
         } else {

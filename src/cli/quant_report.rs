@@ -102,7 +102,7 @@ impl QuantReport {
             compile::write(&compile(&options)?, &options, &dir, Force::Yes, |_| {})?.commit()?;
             Ok(Entry { name: name.to_owned(), dir })
         };
-        let reference = build("float32", None)?;
+        let reference = build("float32", Some(Recipe::new("float", &Changes::default())?))?;
         let mut entries = Vec::new();
         for (name, recipe) in recipes {
             entries.push(build(name, Some(recipe))?);

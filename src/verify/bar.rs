@@ -105,11 +105,15 @@ impl Quantisation {
     }
 
     /// That which the manifest's `quantization` says: `{"scheme": "q4", "rules": ["*: int4 symmetric, ..."],
-    /// "matrices": {"int4 symmetric, ...": ...}}`.
+    /// "matrices": {"int4 symmetric, ...": ...}}`; nothing where no matrix is left in integers.
     pub fn from_json(value: &Value) -> Option<Self> {
         let scheme = value.as_object()?.get("scheme").and_then(Value::as_str).unwrap_or("unnamed").to_owned();
         // What was written says more than the rules, and those more than a name.
         let matrices = value.get("matrices").and_then(Value::as_object);
+        // Floats throughout, whatever the checkpoint was.
+        if matrices.is_some_and(serde_json::Map::is_empty) {
+            return None;
+        }
         let written = matrices.and_then(|matrices| matrices.keys().filter_map(|name| bits(name)).min());
         let rules = value.get("rules").and_then(Value::as_array);
         let ruled = rules.and_then(|rules| rules.iter().filter_map(|rule| rule_bits(rule.as_str()?)).min());
@@ -150,6 +154,7 @@ mod tests {
         let matrices = json!({"int8 symmetric, blocks of 32": {"matrices": 9}});
         assert_eq!(of(json!({"scheme": "int4", "rules": rules, "matrices": matrices})), Some(8));
         assert_eq!(of(json!({"scheme": "own"})), Some(8));
+        assert_eq!(of(json!({"scheme": "stored", "rules": [], "matrices": {}})), None, "all of it decoded");
     }
 
     #[test]
