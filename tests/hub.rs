@@ -247,9 +247,9 @@ fn refusals_say_what_to_do() -> TestResult {
 fn the_token_goes_to_the_hub_only_also_after_a_redirect_on_it() -> TestResult {
     let (hub, _cache, settings) = kjv()?;
     hub.model().token = Some("secret".to_owned());
-    hub.model().former = Some("kjv".to_owned());
+    hub.model().former = Some("old/kjv".to_owned());
     hub.model().cut.insert(MODEL.to_owned(), vec![1000]);
-    fetch("kjv", &Settings { token: Some("secret".to_owned()), ..settings })?;
+    fetch("old/kjv", &Settings { token: Some("secret".to_owned()), ..settings })?;
     let log = hub.log();
     assert!(log.iter().any(|request| request.host == "store"));
     for request in log {
