@@ -7,4 +7,4 @@
 mod plan;
 
 pub(crate) use plan::parameter_shapes;
-pub use plan::{Initializer, Linked, Parameter, Plan, parameters, plan, stored};
+pub use plan::{Initializer, Linked, Parameter, Plan, parameters, plan, stored, stored_at};

@@ -132,17 +132,19 @@ pub fn plan(
     Ok(Plan { initializers, parameters, dropped })
 }
 
-/// Where the bytes of an expression that is a part of one tensor lie.
-fn linked(weight: &Weight, checkpoint: &Checkpoint) -> Result<Linked> {
+/// Where the bytes of an expression that is a part of one tensor lie; none for any other.
+pub fn stored_at(weight: &Weight, checkpoint: &Checkpoint) -> Option<Linked> {
     let shape = |name: &str| checkpoint.get(name).map(|tensor| tensor.shape.clone());
-    let part = weight.contiguous(&shape).and_then(|part| {
-        let tensor = checkpoint.get(part.tensor).filter(|tensor| !tensor.encoded)?;
-        let size = tensor.dtype.element()?.size() as u64;
-        let (first, length) = ((part.first as u64).checked_mul(size)?, (part.count as u64).checked_mul(size)?);
-        let inside = first.checked_add(length)? <= tensor.length;
-        inside.then_some(Linked { file: tensor.file, offset: tensor.offset.checked_add(first)?, length })
-    });
-    part.ok_or_else(|| {
+    let part = weight.contiguous(&shape)?;
+    let tensor = checkpoint.get(part.tensor).filter(|tensor| !tensor.encoded)?;
+    let size = tensor.dtype.element()?.size() as u64;
+    let (first, length) = ((part.first as u64).checked_mul(size)?, (part.count as u64).checked_mul(size)?);
+    let inside = first.checked_add(length)? <= tensor.length;
+    inside.then_some(Linked { file: tensor.file, offset: tensor.offset.checked_add(first)?, length })
+}
+
+fn linked(weight: &Weight, checkpoint: &Checkpoint) -> Result<Linked> {
+    stored_at(weight, checkpoint).ok_or_else(|| {
         Error::new(Code::SpecInvalid, weight).found("a linked initializer that is no part of one tensor")
     })
 }

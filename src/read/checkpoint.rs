@@ -127,6 +127,19 @@ impl Checkpoint {
         file.read(tensor.offset.saturating_add(first), out)
     }
 
+    /// Reads one of the files from `offset` on until `out` is full.
+    pub(crate) fn read_file(&self, file: usize, offset: u64, out: &mut [u8]) -> Result<()> {
+        let lost = || Error::new(Code::Io, format!("file {file} of a checkpoint that has {}", self.files.len()));
+        self.stable.get(file).ok_or_else(lost)?.read(offset, out)
+    }
+
+    /// Tells the system that a part of one of the files will be read soon.
+    pub(crate) fn will_need(&self, file: usize, offset: u64, length: u64) {
+        if let Some(file) = self.stable.get(file) {
+            file.will_need(offset, length);
+        }
+    }
+
     /// All bytes of a tensor, little-endian.
     pub fn bytes(&self, tensor: &TensorInfo) -> Result<Vec<u8>> {
         // The length was compared with the file's when the checkpoint was opened.

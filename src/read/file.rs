@@ -37,6 +37,18 @@ impl StableFile {
         })
     }
 
+    /// Tells the system that these bytes will be read soon, where it takes such advice. They may lie behind the end.
+    pub(crate) fn will_need(&self, offset: u64, length: u64) {
+        #[cfg(any(target_os = "linux", target_os = "android"))]
+        if let Ok(file) = self.open() {
+            use rustix::fs::{Advice, fadvise};
+            // Without the advice the same bytes are read later.
+            let _ = fadvise(file, offset, std::num::NonZeroU64::new(length), Advice::WillNeed);
+        }
+        #[cfg(not(any(target_os = "linux", target_os = "android")))]
+        let _ = (offset, length);
+    }
+
     /// An error if the file is no longer what it was, as far as its size and modification time tell.
     pub(crate) fn check_unchanged(&self) -> Result<()> {
         let now = std::fs::metadata(&self.path).map_err(|error| Error::io(&self.path, &error))?;

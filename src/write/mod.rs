@@ -9,6 +9,7 @@ mod layout;
 mod link;
 mod model;
 mod sink;
+mod sources;
 mod space;
 mod tokenizer;
 mod weights;

@@ -1,5 +1,6 @@
 //! Data files: written front to back by one thread, and hashed on the way by another.
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -12,14 +13,20 @@ use sha2::{Digest, Sha256};
 use crate::error::{Code, Error, Result};
 use crate::read::{FileHash, file_name, hex};
 
-/// Buffers that are used again: fresh memory costs a page fault for every 4 KiB.
-#[derive(Debug, Default)]
-pub(super) struct Pool(Mutex<Vec<Vec<u8>>>);
+/// Buffers that are used again: fresh memory costs a page fault for every 4 KiB. The one that was given back first is
+/// taken first, so memory is that of all of them, however fast the disk is.
+#[derive(Debug)]
+pub(super) struct Pool(Mutex<VecDeque<Vec<u8>>>);
 
 impl Pool {
+    /// A pool that grows beyond `count` buffers only when all of them are in use.
+    pub(super) fn new(count: usize) -> Self {
+        Self(Mutex::new(vec![Vec::new(); count].into()))
+    }
+
     /// A buffer of this many bytes, whatever they are.
     pub(super) fn take(&self, length: usize) -> Buffer<'_> {
-        let mut bytes = self.0.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default();
+        let mut bytes = self.0.lock().unwrap_or_else(PoisonError::into_inner).pop_front().unwrap_or_default();
         bytes.resize(length, 0);
         Buffer { bytes, pool: self }
     }
@@ -34,7 +41,7 @@ pub(super) struct Buffer<'p> {
 
 impl Drop for Buffer<'_> {
     fn drop(&mut self) {
-        self.pool.0.lock().unwrap_or_else(PoisonError::into_inner).push(std::mem::take(&mut self.bytes));
+        self.pool.0.lock().unwrap_or_else(PoisonError::into_inner).push_back(std::mem::take(&mut self.bytes));
     }
 }
 
@@ -69,7 +76,7 @@ impl<'s, 'p: 's> Sink<'s, 'p> {
 
 impl<'p> Sink<'_, 'p> {
     /// The next bytes of the file, which start at `offset`: zeros fill what lies before.
-    pub(super) fn put(&mut self, offset: u64, bytes: Buffer<'p>) -> Result<()> {
+    pub(super) fn put(&mut self, offset: u64, bytes: Arc<Buffer<'p>>) -> Result<()> {
         let gap = offset.checked_sub(self.position).ok_or_else(|| {
             Error::new(Code::SpecInvalid, "layout").found("a tensor that starts within the one before it")
         })?;
@@ -77,7 +84,7 @@ impl<'p> Sink<'_, 'p> {
             self.send(&Piece::Zeros(gap))?;
         }
         self.position = offset.saturating_add(bytes.bytes.len() as u64);
-        self.send(&Piece::Bytes(Arc::new(bytes)))
+        self.send(&Piece::Bytes(bytes))
     }
 
     /// Ends the file.
@@ -184,11 +191,11 @@ mod tests {
     fn gaps_are_zeros_and_files_are_hashed() {
         let dir = tempfile::tempdir().unwrap();
         let paths = vec![dir.path().join("a"), dir.path().join("a_1")];
-        let pool = Pool::default();
+        let pool = Pool::new(2);
         let filled = |length, value| {
             let mut buffer = pool.take(length);
             buffer.bytes.fill(value);
-            buffer
+            Arc::new(buffer)
         };
         let ((), files) = with_sink(paths.clone(), 2, |sink| {
             sink.put(0, filled(10, 1))?;
@@ -208,10 +215,10 @@ mod tests {
     #[test]
     fn tensors_do_not_overlap() {
         let dir = tempfile::tempdir().unwrap();
-        let pool = Pool::default();
+        let pool = Pool::new(2);
         let error = with_sink(vec![dir.path().join("a")], 2, |sink| {
-            sink.put(0, pool.take(10))?;
-            sink.put(9, pool.take(1))
+            sink.put(0, Arc::new(pool.take(10)))?;
+            sink.put(9, Arc::new(pool.take(1)))
         });
         assert_eq!(error.unwrap_err().code, Code::SpecInvalid);
     }
@@ -219,9 +226,9 @@ mod tests {
     #[cfg(target_os = "linux")]
     #[test]
     fn a_full_disk() {
-        let pool = Pool::default();
+        let pool = Pool::new(2);
         let error = with_sink(vec!["/dev/full".into()], 1, |sink| {
-            (0..100).try_for_each(|i| sink.put(i << 20, pool.take(1 << 20)))
+            (0..100).try_for_each(|i| sink.put(i << 20, Arc::new(pool.take(1 << 20))))
         });
         let error = error.unwrap_err();
         assert_eq!(error.code, Code::Io);

@@ -1,29 +1,51 @@
 //! Executes a plan: from the checkpoint's files to the data files, in one pass, a few chunks in memory at a time.
 
 use std::io::{Read as _, Seek as _, Write as _};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
-use std::thread;
 
 use rayon::prelude::*;
 use tempfile::SpooledTempFile;
 
 use super::layout::{DataFile, Extent, Layout, data_name};
 use super::sink::{Buffer, Pool, Sink, with_sink};
-use crate::bind::{Initializer, Plan};
+use super::sources::{Passed, Sources, unhashed, with_sources};
+use crate::bind::{Initializer, Linked, Plan, stored_at};
 use crate::element::ElementType;
 use crate::error::{Code, Error, Result};
 use crate::interrupt;
 use crate::lower::Part;
 use crate::quantize::{Algorithm, Blocks, Inputs, ScaleType, Scheme, pack_rows, quantize_rows, quantize_with_inputs};
-use crate::read::{Checkpoint, FileHash, hash_file};
+use crate::read::{Checkpoint, FileHash};
 use crate::stage::stage;
 use crate::weight::{Evaluation, Tensors, Weight, convert, read_floats, write_floats};
 
-/// Bytes that are computed, written and hashed at a time.
-const CHUNK: usize = 4 << 20;
+/// Bytes that are computed, written and hashed at a time: what is read should still be in the caches when it is hashed.
+const CHUNK: usize = 1 << 20;
+/// Floats that are quantised at a time.
+const FLOATS: usize = 1 << 20;
+/// How far ahead of what is being read the system is told to read.
+const AHEAD: u64 = 32 << 20;
+
+/// Chunks of a round, which are computed together, and of what may wait for the disk and for each hash meanwhile.
+fn window() -> usize {
+    (2 * rayon::current_num_threads()).clamp(8, 64)
+}
+
+/// Buffers of bytes as the checkpoint holds them, and of bytes as they are written.
+struct Pools {
+    raw: Pool,
+    out: Pool,
+}
+
+impl Pools {
+    /// As many buffers as can be in use: a round, those that wait, and the one that is being consumed.
+    fn new(window: usize) -> Self {
+        let count = 2 * window + 1;
+        Self { raw: Pool::new(count), out: Pool::new(count) }
+    }
+}
 
 /// Hashes of what was read and written.
 #[derive(Debug)]
@@ -57,37 +79,20 @@ pub fn stream(
     calibration: Option<&mut dyn Calibration>,
     progress: impl FnMut(u64) + Send,
 ) -> Result<Streamed> {
-    let stop = AtomicBool::new(false);
-    let (turn, turns) = channel();
-    let streamed = thread::scope(|scope| {
-        let hashing = scope.spawn(|| sources(checkpoint, hash_sources, turns, &stop));
-        let outputs = pack((plan, layout), checkpoint, (folder, model), &turn, calibration, progress);
-        drop(turn);
-        if outputs.is_err() {
-            stop.store(true, Ordering::Relaxed);
-        }
-        let sources = hashing.join().map_err(|_| Error::new(Code::Io, "sources").found("they could not be hashed"))?;
-        Ok(Streamed { outputs: outputs?, sources: sources? })
-    })?;
+    let window = window();
+    let pools = Pools::new(window);
+    let to = (folder, model);
+    let streamed = if hash_sources {
+        let hashed = with_sources(checkpoint, window, |sources| {
+            pack((plan, layout), checkpoint, to, (window, &pools), Some(sources), calibration, progress)
+        });
+        hashed.map(|(outputs, sources)| Streamed { sources, outputs })
+    } else {
+        let outputs = pack((plan, layout), checkpoint, to, (window, &pools), None, calibration, progress);
+        outputs.map(|outputs| Streamed { sources: unhashed(checkpoint), outputs })
+    }?;
     checkpoint.check_unchanged()?;
     Ok(streamed)
-}
-
-/// Hashes the checkpoint's files in the order in which their turns come, and those that nothing is taken from at last.
-fn sources(checkpoint: &Checkpoint, hashed: bool, turns: Receiver<usize>, stop: &AtomicBool) -> Result<Vec<FileHash>> {
-    let files = checkpoint.files();
-    let plain = files.iter().map(|file| FileHash { name: file.name.clone(), size: file.size, sha256: None });
-    let mut hashes: Vec<FileHash> = plain.collect();
-    if hashed {
-        for index in turns.into_iter().chain(0..files.len()) {
-            if let (Some(file), Some(slot)) = (files.get(index), hashes.get_mut(index))
-                && slot.sha256.is_none()
-            {
-                slot.sha256 = hash_file(&file.path, stop)?.sha256;
-            }
-        }
-    }
-    Ok(hashes)
 }
 
 /// Initializers that are written together: one, or the parts of a quantised matrix, the integers first.
@@ -97,8 +102,10 @@ struct Task<'p> {
     evaluation: Evaluation,
     /// Scales and zero points.
     sides: Vec<(Part, Extent)>,
-    /// The checkpoint's file that its first tensor lies in.
-    source: Option<usize>,
+    /// Where the tensors that it is made from begin.
+    place: Option<(usize, u64)>,
+    /// What it is in the checkpoint's file, if it is made from the bytes that lie there together.
+    stored: Option<Linked>,
 }
 
 /// A part of a task, small enough to be held in memory.
@@ -112,15 +119,18 @@ struct Job<'t> {
 
 /// What a job computes.
 struct Chunk<'p> {
-    bytes: Buffer<'p>,
+    bytes: Arc<Buffer<'p>>,
+    /// The bytes that it was made from, if they lie together.
+    raw: Option<Arc<Buffer<'p>>>,
     sides: Vec<Vec<u8>>,
 }
 
-fn pack(
+fn pack<'p>(
     (plan, layout): (&Plan, &Layout),
     checkpoint: &Checkpoint,
     (folder, model): (&Path, &str),
-    turn: &Sender<usize>,
+    (window, pools): (usize, &'p Pools),
+    sources: Option<&Sources<'p>>,
     calibration: Option<&mut dyn Calibration>,
     mut progress: impl FnMut(u64) + Send,
 ) -> Result<Vec<FileHash>> {
@@ -128,12 +138,8 @@ fn pack(
     let tasks = tasks(plan, layout, checkpoint)?;
     let mut jobs = tasks.iter().flat_map(Task::jobs);
     let mut known = Known::new(&tasks, calibration);
-    // Two rounds are on their way: one is computed while the other is written and hashed.
-    let window = 2 * rayon::current_num_threads();
-    let pool = Pool::default();
-    let mut source = None;
     let ((), files) = with_sink(paths, window, |sink| {
-        let mut place = Place { sink, pool: &pool, file: None, sides: Vec::new() };
+        let mut place = Place { sink, pool: &pools.out, file: None, sides: Vec::new() };
         loop {
             interrupt::check()?;
             let mut round: Vec<Job> = jobs.by_ref().take(window).collect();
@@ -141,17 +147,18 @@ fn pack(
                 return place.end();
             }
             round.iter_mut().try_for_each(|job| known.tell(job))?;
-            for next in round.iter().filter_map(|job| job.task.source) {
-                if source.replace(next) != Some(next) {
-                    // Nobody listens when the sources are not hashed.
-                    let _ = turn.send(next);
-                }
-            }
-            let compute = |job: &Job<'_>| job.compute(checkpoint, &pool);
+            round
+                .iter()
+                .filter_map(Job::stored)
+                .for_each(|(file, range)| checkpoint.will_need(file, range.start + AHEAD, range.end - range.start));
+            let compute = |job: &Job<'_>| job.compute(checkpoint, pools);
             let chunks: Vec<Result<Chunk>> = stage!("- read, transform", round.par_iter().map(compute).collect());
             for (job, chunk) in round.iter().zip(chunks) {
-                let chunk = chunk?;
+                let mut chunk = chunk?;
                 progress(chunk.bytes.bytes.len() as u64);
+                if let (Some(sources), Some(passed)) = (sources, job.passed(chunk.raw.take())) {
+                    stage!("- wait for hashes", sources.pass(passed))?;
+                }
                 stage!("- wait for disk", place.put(job, chunk, folder))?;
             }
         }
@@ -225,14 +232,14 @@ impl<'p> Place<'_, '_, 'p> {
                 let length = usize::try_from(left).unwrap_or(usize::MAX).min(CHUNK);
                 let mut buffer = self.pool.take(length);
                 waiting.read_exact(&mut buffer.bytes).map_err(io)?;
-                self.at(extent.file, offset, buffer)?;
+                self.at(extent.file, offset, Arc::new(buffer))?;
                 (offset, left) = (offset + length as u64, left - length as u64);
             }
         }
         Ok(())
     }
 
-    fn at(&mut self, file: DataFile, offset: u64, bytes: Buffer<'p>) -> Result<()> {
+    fn at(&mut self, file: DataFile, offset: u64, bytes: Arc<Buffer<'p>>) -> Result<()> {
         if self.file.replace(file).is_some_and(|before| before != file) {
             self.sink.end()?;
         }
@@ -273,8 +280,10 @@ impl<'p> Task<'p> {
                 .found(format!("{:?}", evaluation.shape))
                 .expected(format!("{:?}", initializer.shape)));
         }
-        let first = initializer.weight.sources().first().and_then(|name| checkpoint.get(name));
-        Ok(Self { initializer, extent, evaluation, sides: Vec::new(), source: first.map(|tensor| tensor.file) })
+        let sources = initializer.weight.sources().into_iter().filter_map(|name| checkpoint.get(name));
+        let place = sources.map(|tensor| (tensor.file, tensor.offset)).min();
+        let stored = stored_at(&initializer.weight, checkpoint);
+        Ok(Self { initializer, extent, evaluation, sides: Vec::new(), place, stored })
     }
 
     /// Columns of a quantised matrix.
@@ -287,7 +296,7 @@ impl<'p> Task<'p> {
         let step = match self.initializer.quantized {
             None => CHUNK / self.initializer.element.size(),
             // Whole rows, as many as fit as floats.
-            Some(_) => (CHUNK / 4 / self.columns()).max(1) * self.columns(),
+            Some(_) => (FLOATS / self.columns()).max(1) * self.columns(),
         };
         (0..total).step_by(step).map(move |first| Job {
             task: self,
@@ -310,40 +319,67 @@ impl Job<'_> {
         extent.offset.saturating_add(before as u64)
     }
 
-    fn compute<'p>(&self, checkpoint: &Checkpoint, pool: &'p Pool) -> Result<Chunk<'p>> {
-        let Task { initializer, evaluation, .. } = self.task;
+    /// Which of the checkpoint's files it is a part of, and which.
+    fn stored(&self) -> Option<(usize, Range<u64>)> {
+        let Task { evaluation, stored, .. } = self.task;
+        let stored = stored.as_ref()?;
+        let size = evaluation.element.size();
+        let start = stored.offset + (self.first * size) as u64;
+        Some((stored.file, start..start + (self.count * size) as u64))
+    }
+
+    /// What the hash of the checkpoint's file is told: bytes that it need not read again, or how far it may read.
+    fn passed<'p>(&self, raw: Option<Arc<Buffer<'p>>>) -> Option<Passed<'p>> {
+        if let (Some((file, range)), Some(bytes)) = (self.stored(), raw) {
+            return Some(Passed { file, offset: range.start, bytes: Some(bytes) });
+        }
+        let (file, offset) = self.task.place.filter(|_| self.first == 0)?;
+        Some(Passed { file, offset, bytes: None })
+    }
+
+    fn compute<'p>(&self, checkpoint: &Checkpoint, pools: &'p Pools) -> Result<Chunk<'p>> {
+        let Task { initializer, evaluation, stored, .. } = self.task;
         let tensors = Stored(checkpoint);
         let refused = |failure: Failure| failure.about(&initializer.name);
         if let Some((scheme, part)) = initializer.quantized {
-            return self.quantize(&tensors, pool, &scheme, part).map_err(refused);
+            return self.quantize(&tensors, pools, &scheme, part).map_err(refused);
         }
-        let mut out = pool.take(self.count * initializer.element.size());
-        if evaluation.element == initializer.element {
-            evaluation.fill(&tensors, self.first, &mut out.bytes).map_err(refused)?;
-            return Ok(Chunk { bytes: out, sides: Vec::new() });
-        }
+        let same = evaluation.element == initializer.element;
+        let pool = if same { &pools.out } else { &pools.raw };
         let mut raw = pool.take(self.count * evaluation.element.size());
         evaluation.fill(&tensors, self.first, &mut raw.bytes).map_err(refused)?;
-        convert(&raw.bytes, evaluation.element, &mut out.bytes, initializer.element)
-            .map_err(|reason| refused(reason.into()))?;
-        Ok(Chunk { bytes: out, sides: Vec::new() })
+        let raw = Arc::new(raw);
+        let bytes = if same {
+            Arc::clone(&raw)
+        } else {
+            let mut out = pools.out.take(self.count * initializer.element.size());
+            convert(&raw.bytes, evaluation.element, &mut out.bytes, initializer.element)
+                .map_err(|reason| refused(reason.into()))?;
+            Arc::new(out)
+        };
+        Ok(Chunk { bytes, raw: stored.map(|_| raw), sides: Vec::new() })
     }
 
     /// Rows of a matrix as integers, and the scales and zero points that come with them.
     fn quantize<'p>(
         &self,
         tensors: &Stored<'_>,
-        pool: &'p Pool,
+        pools: &'p Pools,
         scheme: &Scheme,
         part: Part,
     ) -> Result<Chunk<'p>, Failure> {
         let sides = &self.task.sides;
+        let mut raw = None;
         let (blocks, zeros) = if scheme.algorithm() == Algorithm::Stored {
-            self.stored(tensors, scheme)?
+            self.stored_rows(tensors, scheme)?
         } else {
-            (self.rounded(tensors, pool, scheme)?, Vec::new())
+            let mut stored = pools.raw.take(self.count * self.task.evaluation.element.size());
+            self.task.evaluation.fill(tensors, self.first, &mut stored.bytes)?;
+            let blocks = self.rounded(&stored.bytes, scheme)?;
+            raw = self.task.stored.map(|_| Arc::new(stored));
+            (blocks, Vec::new())
         };
-        let mut bytes = pool.take(blocks.data.len());
+        let mut bytes = pools.out.take(blocks.data.len());
         bytes.bytes.copy_from_slice(&blocks.data);
         if part == Part::SignedData {
             make_signed(&mut bytes.bytes, scheme);
@@ -369,17 +405,13 @@ impl Job<'_> {
             }
             beside.push(side);
         }
-        Ok(Chunk { bytes, sides: beside })
+        Ok(Chunk { bytes: Arc::new(bytes), raw, sides: beside })
     }
 
     /// Rows of floats, rounded to integers.
-    fn rounded(&self, tensors: &Stored<'_>, pool: &Pool, scheme: &Scheme) -> Result<Blocks, Failure> {
-        let evaluation = &self.task.evaluation;
-        let mut raw = pool.take(self.count * evaluation.element.size());
-        evaluation.fill(tensors, self.first, &mut raw.bytes)?;
+    fn rounded(&self, raw: &[u8], scheme: &Scheme) -> Result<Blocks, Failure> {
         let mut values = Vec::with_capacity(self.count);
-        read_floats(&raw.bytes, evaluation.element, &mut values)?;
-        drop(raw);
+        read_floats(raw, self.task.evaluation.element, &mut values)?;
         Ok(match &self.inputs {
             Some(inputs) => quantize_with_inputs(&values, inputs, scheme)?,
             None => quantize_rows(&values, self.task.columns(), None, scheme)?,
@@ -387,7 +419,7 @@ impl Job<'_> {
     }
 
     /// Rows of the integers that the checkpoint holds, with its zero points.
-    fn stored(&self, tensors: &Stored<'_>, scheme: &Scheme) -> Result<(Blocks, Vec<f32>), Failure> {
+    fn stored_rows(&self, tensors: &Stored<'_>, scheme: &Scheme) -> Result<(Blocks, Vec<f32>), Failure> {
         let (columns, blocks) = (self.task.columns(), scheme.blocks(self.task.columns()));
         let rows = self.count / columns;
         let lost = || "rows that are no rows of a quantised tensor".to_owned();
