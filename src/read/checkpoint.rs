@@ -140,6 +140,13 @@ impl Checkpoint {
         }
     }
 
+    /// Tells the system that a part of one of the files will not be read again.
+    pub(crate) fn will_not_need(&self, file: usize, offset: u64, length: u64) {
+        if let Some(file) = self.stable.get(file) {
+            file.will_not_need(offset, length);
+        }
+    }
+
     /// All bytes of a tensor, little-endian.
     pub fn bytes(&self, tensor: &TensorInfo) -> Result<Vec<u8>> {
         // The length was compared with the file's when the checkpoint was opened.

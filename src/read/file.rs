@@ -40,13 +40,25 @@ impl StableFile {
     /// Tells the system that these bytes will be read soon, where it takes such advice. They may lie behind the end.
     pub(crate) fn will_need(&self, offset: u64, length: u64) {
         #[cfg(any(target_os = "linux", target_os = "android"))]
-        if let Ok(file) = self.open() {
-            use rustix::fs::{Advice, fadvise};
-            // Without the advice the same bytes are read later.
-            let _ = fadvise(file, offset, std::num::NonZeroU64::new(length), Advice::WillNeed);
-        }
+        self.advise(offset, length, rustix::fs::Advice::WillNeed);
         #[cfg(not(any(target_os = "linux", target_os = "android")))]
         let _ = (offset, length);
+    }
+
+    /// Tells the system that it need not keep these bytes in memory: what is written meanwhile wants the room.
+    pub(crate) fn will_not_need(&self, offset: u64, length: u64) {
+        #[cfg(any(target_os = "linux", target_os = "android"))]
+        self.advise(offset, length, rustix::fs::Advice::DontNeed);
+        #[cfg(not(any(target_os = "linux", target_os = "android")))]
+        let _ = (offset, length);
+    }
+
+    #[cfg(any(target_os = "linux", target_os = "android"))]
+    fn advise(&self, offset: u64, length: u64, advice: rustix::fs::Advice) {
+        if let Ok(file) = self.open() {
+            // It is only advice: the same bytes are read without it.
+            let _ = rustix::fs::fadvise(file, offset, std::num::NonZeroU64::new(length), advice);
+        }
     }
 
     /// An error if the file is no longer what it was, as far as its size and modification time tell.

@@ -153,6 +153,8 @@ fn pack<'p>(
                 .for_each(|(file, range)| checkpoint.will_need(file, range.start + AHEAD, range.end - range.start));
             let compute = |job: &Job<'_>| job.compute(checkpoint, pools);
             let chunks: Vec<Result<Chunk>> = stage!("- read, transform", round.par_iter().map(compute).collect());
+            let read = round.iter().filter_map(Job::stored);
+            read.for_each(|(file, range)| checkpoint.will_not_need(file, range.start, range.end - range.start));
             for (job, chunk) in round.iter().zip(chunks) {
                 let mut chunk = chunk?;
                 progress(chunk.bytes.bytes.len() as u64);
