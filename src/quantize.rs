@@ -236,12 +236,13 @@ pub fn quantize_rows(
     }
     let rows = row_count(values.len(), columns)?;
     let weights = column_weights(columns, importance, scheme)?;
+    let grid = Grid::new(scheme, importance.is_none());
     let mut blocks = Blocks::zeroed(rows, columns, scheme);
     // Some 64 Ki values at a time: enough for a core to be worth its while.
     let step = ((1 << 16) / columns).clamp(1, rows.max(1));
     blocks.rows_mut(columns, step, scheme).zip(values.par_chunks(step * columns)).enumerate().try_for_each(
         |(chunk, (out, values))| {
-            let job = Job { values, columns, weights: &weights, scheme, out };
+            let job = Job { values, columns, weights: &weights, scheme, grid, out };
             pulp::Arch::new().dispatch(job).map_err(|refused| refused.explain(chunk * step, scheme))
         },
     )?;
@@ -365,6 +366,7 @@ struct Job<'a> {
     columns: usize,
     weights: &'a [Lanes],
     scheme: &'a Scheme,
+    grid: Grid,
     out: RowsMut<'a>,
 }
 
@@ -410,7 +412,7 @@ impl pulp::WithSimd for Job<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) -> Self::Output {
-        let (grid, columns, scheme) = (Grid::new(self.scheme), self.columns, self.scheme);
+        let (grid, columns, scheme) = (self.grid, self.columns, self.scheme);
         let data = self.out.data.chunks_mut(scheme.row_bytes(columns));
         let scales = self.out.scales.chunks_mut(scheme.blocks(columns));
         let mut zeros = self.out.zeros.chunks_mut(scheme.row_zero_bytes(columns).max(1));

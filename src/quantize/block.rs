@@ -19,6 +19,8 @@ pub(super) struct Grid {
     symmetric: bool,
     scales: ScaleType,
     algorithm: Algorithm,
+    /// True if an error costs the same in every column.
+    even: bool,
 }
 
 /// How a block is written: `(integer - zero) * scale`.
@@ -51,14 +53,14 @@ pub(super) const LARGEST: f32 = 8.507_059e37;
 const SEARCHED: std::ops::Range<f32> = 1e-12..1e12;
 
 impl Grid {
-    pub(super) fn new(scheme: &Scheme) -> Self {
+    pub(super) fn new(scheme: &Scheme, even: bool) -> Self {
         let (top, middle) = match scheme.bits() {
             2 => (3.0, 2.0),
             4 => (15.0, 8.0),
             _ => (255.0, 128.0),
         };
         let (symmetric, scales, algorithm) = (scheme.is_symmetric(), scheme.scales(), scheme.algorithm());
-        Self { top, middle, bits: scheme.bits(), symmetric, scales, algorithm }
+        Self { top, middle, bits: scheme.bits(), symmetric, scales, algorithm, even }
     }
 
     /// The fit of a block by the scheme's algorithm. `weights` say what an error costs, value by value.
@@ -86,25 +88,18 @@ impl Grid {
         Fit { scale, zero: clamp(round(-range.low / scale), 0.0, self.top) }
     }
 
-    /// The fit of the least weighted squared error among the plain grid and what least squares make of sixteen others.
+    /// The better one of the plain grid and of what least squares make of the best of sixteen others, by their weighted
+    /// squared errors.
     ///
     /// Each of the sixteen rounds the block. For those integers `sum(w q x) / sum(w q q)` is the best scale, and leaves
-    /// an error of `sum(w x x) - sum(w q x)^2 / sum(w q q)`. The best one is refined by rounding with its new
-    /// scale, as stored, and once more with the scale that is best for those integers.
+    /// an error of `sum(w x x) - sum(w q x)^2 / sum(w q q)`.
     #[inline(always)]
     fn search<S: Simd>(&self, simd: S, block: &[Lanes], weights: &[Lanes], range: Range, plain: Fit) -> Fit {
         let candidates = if self.symmetric { self.mirrored(range) } else { self.shifted(range) };
-        let mut best = (self.judge(simd, block, weights, plain).0, plain);
-        let (mut scale, zero) = self.project(simd, block, weights, &candidates);
-        for _ in 0..REFINED {
-            let fit = Fit { scale: self.store(scale), zero };
-            let (error, refit) = self.judge(simd, block, weights, fit);
-            if error < best.0 {
-                best = (error, fit);
-            }
-            scale = refit;
-        }
-        best.1
+        let (scale, zero) = self.project(simd, block, weights, &candidates);
+        let fit = Fit { scale: self.store(scale), zero };
+        let better = self.error(simd, block, weights, fit) < self.error(simd, block, weights, plain);
+        if better { fit } else { plain }
     }
 
     /// Scales that put the larger extreme on either side, beyond the grid's end or within it.
@@ -149,47 +144,43 @@ impl Grid {
             for (value, weight) in block.as_flattened().iter().zip(weights.as_flattened()) {
                 let value = simd.splat_f32s(*value);
                 let q = integer(simd, simd.mul_f32s(value, inverse), low, high);
-                let weighted = simd.mul_f32s(q, simd.splat_f32s(*weight));
-                *cross = simd.add_f32s(*cross, simd.mul_f32s(weighted, value));
-                *square = simd.add_f32s(*square, simd.mul_f32s(weighted, q));
+                let weighted = if self.even { q } else { simd.mul_f32s(q, simd.splat_f32s(*weight)) };
+                *cross = simd.mul_add_f32s(weighted, value, *cross);
+                *square = simd.mul_add_f32s(weighted, q, *square);
             }
             // Where all integers are zero, so is the gain.
             let divisor = simd.max_f32s(*square, simd.splat_f32s(f32::MIN_POSITIVE));
             *gain = simd.div_f32s(simd.mul_f32s(*cross, *cross), divisor);
         }
-        let mut best = (0.0, 0.0, 0.0, self.middle);
-        for (((gain, cross), square), zero) in gain.into_iter().zip(cross).zip(square).zip(candidates.zero) {
-            if gain > best.0 {
-                best = (gain, cross, square, zero);
-            }
+        // Which one is best can not be foreseen, so nothing branches on it.
+        let most = fold(gain, |a, b| if b > a { b } else { a });
+        let found = gain.iter().enumerate().fold(0_u32, |found, (lane, gain)| found | u32::from(*gain >= most) << lane);
+        let best = usize::try_from(found.trailing_zeros()).unwrap_or(LANES);
+        match (cross.get(best), square.get(best), candidates.zero.get(best)) {
+            (Some(cross), Some(square), Some(zero)) if most > 0.0 => (quotient(*cross, *square), *zero),
+            _ => (0.0, self.middle),
         }
-        (quotient(best.1, best.2), best.3)
     }
 
-    /// The weighted squared error of a fit, and the scale that is best for its integers.
+    /// The weighted squared error of a fit: `sum(w (x - s q)^2)`.
     #[inline(always)]
-    fn judge<S: Simd>(&self, simd: S, block: &[Lanes], weights: &[Lanes], fit: Fit) -> (f32, f32) {
-        let (inverse, scale) = (simd.splat_f32s(reciprocal(fit.scale)), simd.splat_f32s(fit.scale));
+    fn error<S: Simd>(&self, simd: S, block: &[Lanes], weights: &[Lanes], fit: Fit) -> f32 {
+        let (inverse, scale) = (simd.splat_f32s(reciprocal(fit.scale)), simd.splat_f32s(-fit.scale));
         let (low, high) = (simd.splat_f32s(-fit.zero), simd.splat_f32s(self.top - fit.zero));
-        let (mut sum, mut cross, mut square) = ([0.0; LANES], [0.0; LANES], [0.0; LANES]);
+        let mut sum = [0.0; LANES];
         {
             let (sum, _) = S::as_mut_simd_f32s(&mut sum);
-            let (cross, _) = S::as_mut_simd_f32s(&mut cross);
-            let (square, _) = S::as_mut_simd_f32s(&mut square);
             for (values, weights) in block.iter().zip(weights) {
                 let (values, weights) = (S::as_simd_f32s(values).0, S::as_simd_f32s(weights).0);
-                let sums = sum.iter_mut().zip(cross.iter_mut()).zip(square.iter_mut());
-                for (((sum, cross), square), (&value, &weight)) in sums.zip(values.iter().zip(weights)) {
+                for (sum, (&value, &weight)) in sum.iter_mut().zip(values.iter().zip(weights)) {
                     let q = integer(simd, simd.mul_f32s(value, inverse), low, high);
-                    let error = simd.sub_f32s(simd.mul_f32s(q, scale), value);
-                    let weighted = simd.mul_f32s(q, weight);
-                    *sum = simd.add_f32s(*sum, simd.mul_f32s(simd.mul_f32s(error, error), weight));
-                    *cross = simd.add_f32s(*cross, simd.mul_f32s(weighted, value));
-                    *square = simd.add_f32s(*square, simd.mul_f32s(weighted, q));
+                    let error = simd.mul_add_f32s(q, scale, value);
+                    let weighted = if self.even { error } else { simd.mul_f32s(error, weight) };
+                    *sum = simd.mul_add_f32s(weighted, error, *sum);
                 }
             }
         }
-        (total(sum), quotient(total(cross), total(square)))
+        total(sum)
     }
 
     /// The integers of sixteen values.
@@ -304,8 +295,6 @@ fn clamp(x: f32, low: f32, high: f32) -> f32 {
     if x > high { high } else { x }
 }
 
-/// How often the best candidate is rounded anew.
-const REFINED: usize = 2;
 /// Where the larger extreme is put, counted from the zero point; first where plain rounding puts it.
 const MIRRORED_2: [f32; LANES] =
     [-2.0, -1.5, -1.75, -2.25, -2.5, -3.0, -3.5, -4.0, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5];

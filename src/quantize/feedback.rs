@@ -222,7 +222,7 @@ pub fn quantize_with_inputs(values: &[f32], inputs: &Inputs, scheme: &Scheme) ->
     let mut blocks = Blocks::zeroed(rows, columns, scheme);
     blocks.rows_mut(columns, ROWS, scheme).zip(values.par_chunks(ROWS * columns)).enumerate().try_for_each(
         |(chunk, (out, values))| {
-            let rows = Rows { values, inputs, weights: &weights, scheme, grid: Grid::new(scheme), out };
+            let rows = Rows { values, inputs, weights: &weights, scheme, grid: Grid::new(scheme, false), out };
             pulp::Arch::new().dispatch(rows).map_err(|refused| refused.explain(chunk * ROWS, scheme))
         },
     )?;

@@ -1,7 +1,7 @@
 //! Sixteen float32 values at a time.
 //!
-//! Multiplication and addition stay two roundings (never `mul_add`), and each lane has its own sum, so the widest
-//! and the narrowest instruction set give the same bits.
+//! Multiplication and addition are two roundings but where `mul_add` is written, which is one on every machine, and each
+//! lane has its own sum: so the widest and the narrowest instruction set give the same bits.
 
 /// Values in one [`Lanes`]: one AVX-512 register, two of AVX2, four of NEON or SSE2. No block is smaller.
 pub(super) const LANES: usize = 16;

@@ -27,6 +27,17 @@ pub fn free_space(path: &Path) -> Option<u64> {
     fs4::available_space(there).ok()
 }
 
+/// Memory of this machine in bytes, where the system is asked for it.
+pub(super) fn memory() -> Option<u64> {
+    #[cfg(any(target_os = "linux", target_os = "android"))]
+    {
+        let info = rustix::system::sysinfo();
+        u64::from(info.mem_unit).checked_mul(info.totalram)
+    }
+    #[cfg(not(any(target_os = "linux", target_os = "android")))]
+    None
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {

@@ -11,6 +11,7 @@ use tempfile::SpooledTempFile;
 use super::layout::{DataFile, Extent, Layout, data_name};
 use super::sink::{Buffer, Pool, Sink, with_sink};
 use super::sources::{Passed, Sources, unhashed, with_sources};
+use super::space::memory;
 use crate::bind::{Initializer, Linked, Plan, stored_at};
 use crate::element::ElementType;
 use crate::error::{Code, Error, Result};
@@ -138,6 +139,7 @@ fn pack<'p>(
     let tasks = tasks(plan, layout, checkpoint)?;
     let mut jobs = tasks.iter().flat_map(Task::jobs);
     let mut known = Known::new(&tasks, calibration);
+    let overflows = overflows_page_cache(checkpoint, layout);
     let ((), files) = with_sink(paths, window, |sink| {
         let mut place = Place { sink, pool: &pools.out, file: None, sides: Vec::new() };
         loop {
@@ -153,8 +155,10 @@ fn pack<'p>(
                 .for_each(|(file, range)| checkpoint.will_need(file, range.start + AHEAD, range.end - range.start));
             let compute = |job: &Job<'_>| job.compute(checkpoint, pools);
             let chunks: Vec<Result<Chunk>> = stage!("- read, transform", round.par_iter().map(compute).collect());
-            let read = round.iter().filter_map(Job::stored);
-            read.for_each(|(file, range)| checkpoint.will_not_need(file, range.start, range.end - range.start));
+            if overflows {
+                let read = round.iter().filter_map(Job::stored);
+                read.for_each(|(file, range)| checkpoint.will_not_need(file, range.start, range.end - range.start));
+            }
             for (job, chunk) in round.iter().zip(chunks) {
                 let mut chunk = chunk?;
                 progress(chunk.bytes.bytes.len() as u64);
@@ -166,6 +170,12 @@ fn pack<'p>(
         }
     })?;
     Ok(files)
+}
+
+/// True if what is read and what is written can not both stay in memory for whoever reads them next.
+fn overflows_page_cache(checkpoint: &Checkpoint, layout: &Layout) -> bool {
+    let read: u64 = checkpoint.files().iter().map(|file| file.size).sum();
+    memory().is_some_and(|memory| read.saturating_add(layout.written_bytes()) > memory / 2)
 }
 
 /// Tells jobs of the inputs of their matrices.
