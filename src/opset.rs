@@ -27,11 +27,7 @@ const TABLES: [(&str, &str); 2] =
 /// Name and text of each target, the default first, and the kernels of its provider, if it is for one.
 const TARGETS: [(&str, &str, Option<&str>); 4] = [
     ("ort-cpu", include_str!("../opsets/ort-cpu.toml"), None),
-    (
-        "ort-cuda",
-        include_str!("../opsets/ort-cuda.toml"),
-        Some(include_str!("../opsets/ort-cuda-kernels.json")),
-    ),
+    ("ort-cuda", include_str!("../opsets/ort-cuda.toml"), Some(include_str!("../opsets/ort-cuda-kernels.json"))),
     ("standard", include_str!("../opsets/standard.toml"), None),
     ("primitive", include_str!("../opsets/primitive.toml"), None),
 ];
@@ -105,7 +101,8 @@ impl Target {
     /// Every target, the default first.
     pub fn all() -> Result<&'static [Self]> {
         static PARSED: OnceLock<Result<Vec<Target>>> = OnceLock::new();
-        let parsed = PARSED.get_or_init(|| TARGETS.iter().map(|(name, text, kernels)| Self::parse(name, text, *kernels)).collect());
+        let parsed = PARSED
+            .get_or_init(|| TARGETS.iter().map(|(name, text, kernels)| Self::parse(name, text, *kernels)).collect());
         parsed.as_ref().map(Vec::as_slice).map_err(Clone::clone)
     }
 

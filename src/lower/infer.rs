@@ -66,13 +66,7 @@ pub(super) fn infer(op: &Operator, operands: &[Option<Operand>]) -> Result<Vec<I
             let shape = Shape::from([Dim::from(x.ty.shape.len())]);
             vec![Inferred { ty: Type::new(ElementType::I64, shape), contents: Some(x.ty.shape.clone()) }]
         }
-        "Range" => {
-            let (mut start, mut end) = (one(x)?, one(get(1)?)?);
-            if one(get(2)?)?.value() == Some(-1) {
-                std::mem::swap(&mut start, &mut end);
-            }
-            typed(x.ty.element, vec![&end + &(&start * &Dim::constant(-1))])
-        }
+        "Range" => typed(x.ty.element, vec![range(x, get(1)?, get(2)?)?]),
         "ReduceSum" | "ReduceMax" | "ReduceMean" => {
             typed(x.ty.element, reduce(op, x, operands.get(1).copied().flatten())?)
         }
@@ -84,6 +78,15 @@ pub(super) fn infer(op: &Operator, operands: &[Option<Operand>]) -> Result<Vec<I
         _ if ELEMENTWISE.contains(&op.op_type) => same(),
         other => return Err(format!("the result type of {other} is not known")),
     })
+}
+
+/// How many numbers there are up to an end, or down to it, one by one.
+fn range(start: Operand, end: Operand, step: Operand) -> Result<Dim, String> {
+    let (mut start, mut end) = (one(start)?, one(end)?);
+    if one(step)?.value() == Some(-1) {
+        std::mem::swap(&mut start, &mut end);
+    }
+    Ok(&end + &(&start * &Dim::constant(-1)))
 }
 
 /// Values and their indices.

@@ -141,6 +141,7 @@ impl Lowerer<'_> {
         if self.order_kept.is_some() {
             return Ok(());
         }
+        self.e.enter("/model/aligned");
         let by_token = |id: &&ValueId| matches!(model.value(**id).name.as_str(), "input_ids" | "position_ids");
         for id in model.inputs.iter().filter(by_token) {
             let given = self.value(model, *id)?;

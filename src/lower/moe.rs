@@ -6,6 +6,7 @@ use crate::build::{Model, MoeOp};
 use crate::element::ElementType;
 use crate::error::{Code, Error, Result};
 use crate::graph::{Dim, Graph, Type, ValueId};
+use crate::quantize::Scheme;
 use crate::spec::{Activation, Score};
 use crate::weight::{Split, Weight};
 
@@ -85,25 +86,11 @@ impl Lowerer<'_> {
     fn quantized_moe(&mut self, op: &MoeOp, model: &Graph<Model>, operands: &Operands) -> Result<Form<ValueId>> {
         let (up, down) = (named(model, operands.up.weight), named(model, operands.down.weight));
         let gate = operands.gate.map(|gate| named(model, gate.weight));
-        let schemes = [Some(&up), Some(&down), gate.as_ref()].map(|of| of.map(|(name, _)| self.scheme(name)));
-        let Some(Some(scheme)) = schemes.first().copied().flatten() else {
-            return Ok(Form::Refused("the experts are not quantised".to_owned()));
+        let names = [Some(&up), Some(&down), gate.as_ref()];
+        let scheme = match self.experts_scheme(names.into_iter().flatten().map(|(name, _)| name.as_str())) {
+            Ok(scheme) => scheme,
+            Err(reason) => return Ok(Form::Refused(reason)),
         };
-        if schemes.iter().flatten().any(|other| *other != Some(scheme)) {
-            return Ok(Form::Refused("the operator takes one scheme for all projections".to_owned()));
-        }
-        let least = self.options.target.limits("QMoE").block;
-        if scheme.block_size() < least {
-            return Ok(Form::Refused(format!("its kernel takes blocks of {least} and more")));
-        }
-        if scheme.bits() == 2 || scheme.has_float_zeros() {
-            return Ok(Form::Refused("the operator has no kernel for 2 bits, nor for float zero points".to_owned()));
-        }
-        if scheme.bits() == 8 && (1..4).contains(&self.accuracy_level()) {
-            return Ok(Form::Refused(
-                "with 8 bits its kernel rounds activations to 8 bits, whatever is asked".to_owned(),
-            ));
-        }
         let block = scheme.block_size();
         let inputs = width(&up.1);
         if !inputs.is_multiple_of(block) {
@@ -146,6 +133,25 @@ impl Lowerer<'_> {
         let weights = [Some(first.data), Some(scales), first_bias, Some(second.data), Some(scales2), down_bias];
         let zeros = [None, None, None, first.zero_points, second.zero_points];
         self.call_experts(op, operands, call, &[weights.as_slice(), &zeros].concat()).map(Form::Done)
+    }
+
+    /// The scheme of all projections of the experts, or why `QMoE` can not take them.
+    fn experts_scheme<'n>(&self, mut names: impl Iterator<Item = &'n str>) -> std::result::Result<Scheme, String> {
+        let scheme = names.next().and_then(|name| self.scheme(name)).ok_or("the experts are not quantised")?;
+        if names.any(|name| self.scheme(name) != Some(scheme)) {
+            return Err("the operator takes one scheme for all projections".to_owned());
+        }
+        let least = self.options.target.limits("QMoE").block;
+        if scheme.block_size() < least {
+            return Err(format!("its kernel takes blocks of {least} and more"));
+        }
+        if scheme.bits() == 2 || scheme.has_float_zeros() {
+            return Err("the operator has no kernel for 2 bits, nor for float zero points".to_owned());
+        }
+        if scheme.bits() == 8 && (1..4).contains(&self.accuracy_level()) {
+            return Err("with 8 bits its kernel rounds activations to 8 bits, whatever is asked".to_owned());
+        }
+        Ok(scheme)
     }
 
     /// The bias of the first projection of so many rows, those of gate and up in turn.
@@ -461,7 +467,8 @@ impl Lowerer<'_> {
         if !self.e.runs(&call, &[Some(element); 2], &[Some(element)]) {
             return Err(format!("the provider has no kernel of the operator for {element}"));
         }
-        let (hidden, widths) = (self.e.shape(x).last().and_then(Dim::value), self.options.target.limits(op_type).widths);
+        let (hidden, widths) =
+            (self.e.shape(x).last().and_then(Dim::value), self.options.target.limits(op_type).widths);
         let hidden = hidden.and_then(|size| usize::try_from(size).ok()).unwrap_or(0);
         if let Some(odd) = [hidden, rows].into_iter().find(|size| !size.is_multiple_of(widths)) {
             return Err(format!("its kernel takes widths that are multiples of {widths}, and not {odd}"));
