@@ -10,6 +10,8 @@
 //! cache                           a b c . .   and then   a b c d .
 //! ```
 //!
+//! A piece that follows a first one must be without padding: the operator places its tokens by the length of the row.
+//!
 //! Nothing is read back from the device: lengths that the graph computes with become tensors there through `Range`, so
 //! that a graph of kernels can be captured.
 
