@@ -322,6 +322,7 @@ impl Compiled {
             kv_heads: attention.map_or(0, |a| a.kv_heads),
             head_size: attention.map_or(0, |a| a.key_size),
             share_buffer: fused == spec.layers.len(),
+            provider: options.target.provider.clone(),
             position_ids: true,
         }
     }

@@ -37,8 +37,9 @@
 //! **Builders see [`spec::ModelSpec`] and nothing else**: no configuration, no tensor names, no files, no target.
 //!
 //! **Only [`lower`] and `opsets/` know targets**, and nothing asks which target it is: a target lists the forms of each
-//! composite operation, best first, and a form that can not express a case says why. Builders write what is meant, so
-//! nothing is ever pattern-matched back.
+//! composite operation, best first, and a form that can not express a case says why. A target for one execution provider
+//! lists its kernels as well, and what has none takes another form. Builders write what is meant, so nothing is ever
+//! pattern-matched back.
 //!
 //! **Only downloading, reading, writing and verifying do I/O.** Everything between is pure: the same input gives the same bytes.
 //!

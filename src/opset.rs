@@ -3,6 +3,10 @@
 //! The tables are written by `opsets/make.py` from the official schemas, one operator version a line. A line is parsed
 //! when its operator is first asked for, so a build pays for the thirty operators that it uses.
 
+mod kernels;
+
+pub use kernels::{Kernels, runs};
+
 use std::collections::{BTreeMap, HashMap};
 use std::sync::OnceLock;
 
@@ -20,11 +24,12 @@ pub const MICROSOFT: &str = "com.microsoft";
 const TABLES: [(&str, &str); 2] =
     [(ONNX, include_str!("../opsets/ai.onnx.json")), (MICROSOFT, include_str!("../opsets/com.microsoft.json"))];
 
-/// Name and text of each target, the default first.
-const TARGETS: [(&str, &str); 3] = [
-    ("ort-cpu", include_str!("../opsets/ort-cpu.toml")),
-    ("standard", include_str!("../opsets/standard.toml")),
-    ("primitive", include_str!("../opsets/primitive.toml")),
+/// Name and text of each target, the default first, and the kernels of its provider, if it is for one.
+const TARGETS: [(&str, &str, Option<&str>); 4] = [
+    ("ort-cpu", include_str!("../opsets/ort-cpu.toml"), None),
+    ("ort-cuda", include_str!("../opsets/ort-cuda.toml"), Some(include_str!("../opsets/ort-cuda-kernels.json"))),
+    ("standard", include_str!("../opsets/standard.toml"), None),
+    ("primitive", include_str!("../opsets/primitive.toml"), None),
 ];
 
 /// What a graph may be made of for one kind of consumer.
@@ -38,12 +43,34 @@ pub struct Target {
     pub ir_version: i64,
     /// Version of each operator domain that the graph imports.
     pub opsets: BTreeMap<String, u32>,
-    /// Float types that weights may have.
+    /// Float types that weights may have, the usual one first.
     pub dtypes: Vec<ElementType>,
     /// What is computed in, where that is not the weights' type.
     pub compute: Option<ElementType>,
     /// For each composite operator the forms to try, best first.
     pub lowering: BTreeMap<String, Vec<String>>,
+    /// The execution provider that it is for, as onnxruntime-genai names it; none in particular if there is none.
+    pub provider: Option<String>,
+    /// What the provider computes; everything, if it is for none.
+    pub kernels: Option<Kernels>,
+    /// What single operators ask of their operands there, beyond their schemas.
+    limits: BTreeMap<String, Limits>,
+}
+
+/// What an operator asks of its operands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Limits {
+    /// The sizes that it multiplies along are multiples of this.
+    #[serde(default = "one")]
+    pub widths: usize,
+    /// Fewest integers that share a scale.
+    #[serde(default = "one")]
+    pub block: usize,
+}
+
+fn one() -> usize {
+    1
 }
 
 /// A target's file.
@@ -54,8 +81,11 @@ struct TargetFile {
     ir_version: i64,
     dtypes: Vec<String>,
     compute: Option<String>,
+    provider: Option<String>,
     opset: BTreeMap<String, u32>,
     lowering: BTreeMap<String, Vec<String>>,
+    #[serde(default)]
+    limits: BTreeMap<String, Limits>,
 }
 
 impl Target {
@@ -71,7 +101,8 @@ impl Target {
     /// Every target, the default first.
     pub fn all() -> Result<&'static [Self]> {
         static PARSED: OnceLock<Result<Vec<Target>>> = OnceLock::new();
-        let parsed = PARSED.get_or_init(|| TARGETS.iter().map(|(name, text)| Self::parse(name, text)).collect());
+        let parsed = PARSED
+            .get_or_init(|| TARGETS.iter().map(|(name, text, kernels)| Self::parse(name, text, *kernels)).collect());
         parsed.as_ref().map(Vec::as_slice).map_err(Clone::clone)
     }
 
@@ -89,7 +120,17 @@ impl Target {
         })
     }
 
-    fn parse(name: &str, text: &str) -> Result<Self> {
+    /// What an operator asks of its operands, beyond its schema.
+    pub fn limits(&self, op_type: &str) -> Limits {
+        self.limits.get(op_type).copied().unwrap_or(Limits { widths: 1, block: 1 })
+    }
+
+    /// The type of weights where none is asked for.
+    pub fn usual_dtype(&self) -> ElementType {
+        self.dtypes.first().copied().unwrap_or(ElementType::F32)
+    }
+
+    fn parse(name: &str, text: &str, kernels: Option<&str>) -> Result<Self> {
         let invalid = |found: String| Error::new(Code::SpecInvalid, format!("opsets/{name}.toml")).found(found);
         let file: TargetFile = toml::from_str(text).map_err(|error| invalid(error.to_string()))?;
         let element = |dtype: &String| {
@@ -105,6 +146,9 @@ impl Target {
             compute: file.compute.as_ref().map(element).transpose()?,
             opsets: file.opset,
             lowering: file.lowering,
+            provider: file.provider,
+            limits: file.limits,
+            kernels: kernels.map(Kernels::parse).transpose().map_err(invalid)?,
         })
     }
 }

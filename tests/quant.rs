@@ -45,9 +45,9 @@ fn integers_mean_what_they_say() -> TestResult {
     runtime()?;
     let mut jobs = Vec::new();
     for name in ["llama", "llama-tied", "qwen2", "mixtral", "qwen3_moe", "gemma2", "phi3", "deepseek_v3"] {
-        for target in ["ort-cpu", "standard"] {
+        for target in ["ort-cpu", "ort-cuda", "standard"] {
             // ONNX has 2-bit integers from opset 25 on.
-            let schemes = EXACT.into_iter().filter(|scheme| scheme.0 != "int2" || target == "ort-cpu");
+            let schemes = EXACT.into_iter().filter(|scheme| scheme.0 != "int2" || target != "standard");
             jobs.extend(schemes.map(|scheme| (name, target, scheme)));
         }
     }

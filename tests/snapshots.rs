@@ -7,7 +7,7 @@ mod common;
 use common::models::TARGETS;
 use common::{Case, TestResult};
 use hf2onnx::build::{self, Logits};
-use hf2onnx::compile::compile;
+use hf2onnx::compile::{Options, compile};
 use hf2onnx::lower;
 use hf2onnx::spec::ModelSpec;
 
@@ -36,8 +36,9 @@ fn composite_graphs() -> TestResult {
 fn lowered_graphs() -> TestResult {
     for name in CASES {
         let graph = build::decoder(&spec(name)?, Logits::All)?;
-        for target in TARGETS {
+        for target in TARGETS.into_iter().chain(["ort-cuda"]) {
             let options = Case::named(name)?.options(target)?;
+            let options = Options { element: options.target.usual_dtype(), ..options };
             let lowered = lower::lower(&graph, &options.lowering(None, None))?;
             insta::assert_snapshot!(format!("{name}.{target}"), lowered.graph.to_string());
         }

@@ -49,6 +49,7 @@ pub(super) fn infer(op: &Composite, operands: &[&Type<Kind>]) -> Types {
             }
             Ok(vec![x.clone()])
         }
+        Composite::EveryToken => Ok(vec![x.clone()]),
         Composite::LastToken => match x.shape.as_slice() {
             [batch, _, hidden] => Ok(vec![Type::new(x.element, [batch.clone(), Dim::from(1), hidden.clone()])]),
             _ => Err(format!("{x} is not [batch, sequence, hidden]")),

@@ -135,10 +135,10 @@ fn module(layer: &Layer, index: usize) -> usize {
 }
 
 fn head(b: &mut Builder, spec: &ModelSpec, hidden: ValueId, mask: ValueId, logits: Logits) -> Result<ValueId> {
-    let hidden = match logits {
-        Logits::All => hidden,
-        Logits::Last => b.within("lm_head", |b| b.emit("LastToken", Composite::LastToken, &[hidden, mask]))?,
-    };
+    let hidden = b.within("lm_head", |b| match logits {
+        Logits::All => b.emit("EveryToken", Composite::EveryToken, &[hidden, mask]),
+        Logits::Last => b.emit("LastToken", Composite::LastToken, &[hidden, mask]),
+    })?;
     let hidden = match spec.embedding.size {
         Some(size) => b.within("model", |b| b.linear("project_out", hidden, size, false))?,
         None => hidden,

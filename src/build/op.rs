@@ -182,6 +182,8 @@ pub enum Composite {
     Moe(MoeOp),
     /// x `[B, S, H]`, mask `[B, T]` -> the last kept token of each row, `[B, 1, H]`
     LastToken,
+    /// x `[B, S, H]`, mask `[B, T]` -> the same, as the tokens stand in `input_ids`
+    EveryToken,
     /// Difference, with broadcasting.
     Subtract,
     /// Hyperbolic tangent.

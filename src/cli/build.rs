@@ -58,9 +58,9 @@ pub(super) struct ModelOptions {
     /// Which operators the graph is made of
     #[arg(long, default_value = "ort-cpu", value_parser = target)]
     target: &'static Target,
-    /// Float type that matrices are stored in; every target so far computes in float32
-    #[arg(long, value_enum, default_value_t = Dtype::F32)]
-    dtype: Dtype,
+    /// Float type that matrices are stored in; ort-cuda also computes in it, other targets in float32 [default: f16 for ort-cuda, f32 for others]
+    #[arg(long, value_enum)]
+    dtype: Option<Dtype>,
     /// Padding for which the graph is exact; less is a little faster
     #[arg(long, value_enum, default_value_t = Padding::Any)]
     padding: Padding,
@@ -164,9 +164,10 @@ impl ModelOptions {
             template: self.template.clone(),
             target: self.target,
             element: match self.dtype {
-                Dtype::F32 => ElementType::F32,
-                Dtype::F16 => ElementType::F16,
-                Dtype::Bf16 => ElementType::BF16,
+                None => self.target.usual_dtype(),
+                Some(Dtype::F32) => ElementType::F32,
+                Some(Dtype::F16) => ElementType::F16,
+                Some(Dtype::Bf16) => ElementType::BF16,
             },
             weights: self.weights()?,
             recipe: self.quantization.recipe()?,
@@ -200,7 +201,8 @@ impl ModelOptions {
     }
 
     fn check_dtype(&self) -> Result<()> {
-        if self.weights == WeightsOption::Link && self.dtype != Dtype::F32 && self.target.compute.is_some() {
+        let other = self.dtype.is_some_and(|dtype| dtype != Dtype::F32);
+        if self.weights == WeightsOption::Link && other && self.target.compute.is_some() {
             return Err(Error::new(Code::UsageInvalid, "--dtype")
                 .found("--weights link beside it")
                 .expected("linked weights, which keep the type that they have, or packed ones of another")

@@ -39,6 +39,7 @@ impl Lowerer<'_> {
     pub(super) fn attention(&mut self, op: &AttentionOp, operands: &[ValueId]) -> Result<Vec<ValueId>> {
         let operands = Operands::new(op, operands)?;
         self.first_form("attention", |s, form| match form {
+            super::aligned::FORM => s.aligned_attention(op, operands),
             "GroupQueryAttention" => s.group_query_attention(op, operands),
             "Attention" if op.sinks => Ok(Form::Refused("the operator has no sinks".to_owned())),
             "Attention" if op.shared => s.standard_on_shared(op, operands).map(Form::Done),
@@ -75,21 +76,31 @@ impl Lowerer<'_> {
     /// `GroupQueryAttention` of onnxruntime. Its `seqlens_k` is the place of each row's last kept token and the
     /// padding is a bias: measured to be exact for left and right padding and through the cache.
     fn group_query_attention(&mut self, op: &AttentionOp, operands: Operands) -> Result<Form<Vec<ValueId>>> {
-        let Some((past_key, past_value)) = operands.past else {
-            return Ok(Form::Refused("the operator writes a cache, and this layer reads another's".to_owned()));
-        };
-        if op.key_size != op.value_size {
-            return Ok(Form::Refused(format!(
-                "key heads of {} and value heads of {} differ",
-                op.key_size, op.value_size
-            )));
-        }
-        if !op.key_size.is_multiple_of(8) {
-            return Ok(Form::Refused(format!("head size {} is not a multiple of 8", op.key_size)));
+        if let Some(reason) = unfit(op) {
+            return Ok(Form::Refused(reason));
         }
         let bias = self.attention_bias(op, operands.bias, self.e.ty(operands.query).element)?;
         let last = self.last_kept()?;
         let last = self.share("mask/seqlens_k", |s| s.e.cast(last, ElementType::I32))?;
+        self.call_group_query(op, operands, last, bias).map(Form::Done)
+    }
+
+    /// The same without a bias, on rows that are aligned to the left.
+    fn aligned_attention(&mut self, op: &AttentionOp, operands: Operands) -> Result<Form<Vec<ValueId>>> {
+        if let Some(reason) = &self.order_kept {
+            return Ok(Form::Refused(reason.clone()));
+        }
+        let last = self.seqlens()?;
+        self.call_group_query(op, operands, last, None).map(Form::Done)
+    }
+
+    fn call_group_query(
+        &mut self,
+        op: &AttentionOp,
+        operands: Operands,
+        last: ValueId,
+        bias: Option<ValueId>,
+    ) -> Result<Vec<ValueId>> {
         let total = self.total_length()?;
         let total = self.share("mask/total_sequence_length", |s| s.e.cast(total, ElementType::I32))?;
         let mut call = Operator::microsoft("GroupQueryAttention")
@@ -104,13 +115,13 @@ impl Lowerer<'_> {
         if let Some(cap) = op.softcap {
             call = call.float("softcap", cap);
         }
-        let caches = [operands.query, operands.key, operands.value, past_key, past_value];
-        let mut inputs: Vec<Option<ValueId>> = caches.into_iter().map(Some).collect();
+        let (past_key, past_value) = operands.past.unzip();
+        let mut inputs = vec![Some(operands.query), Some(operands.key), Some(operands.value), past_key, past_value];
         inputs.extend([Some(last), Some(total), None, None, None, bias, operands.sinks]);
         while inputs.last() == Some(&None) {
             inputs.pop();
         }
-        Ok(Form::Done(self.e.call(call, &inputs, [true; 3])?.to_vec()))
+        Ok(self.e.call(call, &inputs, [true; 3])?.to_vec())
     }
 
     /// What `GroupQueryAttention` is not told by its attributes, `[B, 1 or N, S, T]`.
@@ -281,6 +292,20 @@ impl Lowerer<'_> {
         })?;
         self.e.add(Operator::new("Reshape"), &[x, sizes])
     }
+}
+
+/// Why `GroupQueryAttention` can not express an attention, whatever is added to its scores.
+pub(super) fn unfit(op: &AttentionOp) -> Option<String> {
+    if op.shared {
+        return Some("the operator writes a cache, and this layer reads another's".to_owned());
+    }
+    if op.key_size != op.value_size {
+        return Some(format!("key heads of {} and value heads of {} differ", op.key_size, op.value_size));
+    }
+    if !op.key_size.is_multiple_of(8) {
+        return Some(format!("head size {} is not a multiple of 8", op.key_size));
+    }
+    None
 }
 
 /// `Attention` of ONNX without what depends on its operands' form.

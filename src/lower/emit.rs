@@ -71,6 +71,9 @@ impl Emitter {
             let operands: Vec<Option<Operand>> = operands.iter().map(|id| id.as_ref().map(operand)).collect();
             infer(&op, &operands).map_err(&refused)?
         };
+        if let Some(results) = self.widened(&op, operands, &inferred, &wanted)? {
+            return Ok(results);
+        }
         self.check(&op, operands, &inferred, &wanted).map_err(&refused)?;
         let mut inferred = inferred.into_iter();
         let mut index = 0;
@@ -90,6 +93,41 @@ impl Emitter {
         };
         self.graph.nodes.push(Node { name, op, inputs: operands.to_vec(), outputs });
         Ok(ids)
+    }
+
+    /// True if the target's provider computes a node; every target without one does.
+    pub(super) fn runs(&self, op: &Operator, inputs: &[Option<ElementType>], outputs: &[Option<ElementType>]) -> bool {
+        crate::opset::runs(self.target, op.domain, op.op_type, inputs, outputs)
+    }
+
+    /// A node in float32 with casts around it, where the provider has no kernel for half precision.
+    fn widened<const N: usize>(
+        &mut self,
+        op: &Operator,
+        operands: &[Option<ValueId>],
+        results: &[Inferred],
+        wanted: &[bool; N],
+    ) -> Result<Option<[ValueId; N]>> {
+        let half = |element: ElementType| matches!(element, ElementType::F16 | ElementType::BF16);
+        let inputs: Vec<Option<ElementType>> = operands.iter().map(|id| id.map(|id| self.ty(id).element)).collect();
+        let outputs = results.iter().zip(wanted).map(|(r, wanted)| wanted.then_some(r.ty.element));
+        let outputs: Vec<Option<ElementType>> = outputs.collect();
+        if self.runs(op, &inputs, &outputs) || !inputs.iter().flatten().any(|element| half(*element)) {
+            return Ok(None);
+        }
+        let mut wide = operands.to_vec();
+        for id in wide.iter_mut().flatten() {
+            if half(self.ty(*id).element) {
+                *id = self.cast(*id, ElementType::F32)?;
+            }
+        }
+        let mut found = self.call(op.clone(), &wide, *wanted)?;
+        for ((id, result), wanted) in found.iter_mut().zip(results).zip(wanted) {
+            if *wanted && half(result.ty.element) {
+                *id = self.cast(*id, result.ty.element)?;
+            }
+        }
+        Ok(Some(found))
     }
 
     fn result(&mut self, node: &str, index: usize, result: Inferred) -> ValueId {

@@ -66,10 +66,7 @@ pub(super) fn infer(op: &Operator, operands: &[Option<Operand>]) -> Result<Vec<I
             let shape = Shape::from([Dim::from(x.ty.shape.len())]);
             vec![Inferred { ty: Type::new(ElementType::I64, shape), contents: Some(x.ty.shape.clone()) }]
         }
-        "Range" => {
-            let (start, end) = (one(x)?, one(get(1)?)?);
-            typed(x.ty.element, vec![&end + &(&start * &Dim::constant(-1))])
-        }
+        "Range" => typed(x.ty.element, vec![range(x, get(1)?, get(2)?)?]),
         "ReduceSum" | "ReduceMax" | "ReduceMean" => {
             typed(x.ty.element, reduce(op, x, operands.get(1).copied().flatten())?)
         }
@@ -81,6 +78,15 @@ pub(super) fn infer(op: &Operator, operands: &[Option<Operand>]) -> Result<Vec<I
         _ if ELEMENTWISE.contains(&op.op_type) => same(),
         other => return Err(format!("the result type of {other} is not known")),
     })
+}
+
+/// How many numbers there are up to an end, or down to it, one by one.
+fn range(start: Operand, end: Operand, step: Operand) -> Result<Dim, String> {
+    let (mut start, mut end) = (one(start)?, one(end)?);
+    if one(step)?.value() == Some(-1) {
+        std::mem::swap(&mut start, &mut end);
+    }
+    Ok(&end + &(&start * &Dim::constant(-1)))
 }
 
 /// Values and their indices.
@@ -249,21 +255,21 @@ fn split(op: &Operator, x: Operand, sizes: Operand) -> Result<Vec<Inferred>, Str
 
 /// Slices with steps of one along known axes; an end beyond the axis means its end.
 fn slice(x: Operand, operands: &[Option<Operand>]) -> Result<Vec<Inferred>, String> {
-    let list = |i: usize| operands.get(i).copied().flatten().ok_or("Slice needs starts, ends and axes").map(numbers);
-    let (starts, ends, axes) = (list(1)??, list(2)??, list(3)??);
+    let list = |i: usize| operands.get(i).copied().flatten().ok_or("Slice needs starts, ends and axes");
+    let (starts, ends, axes) = (known(list(1)?)?, known(list(2)?)?, numbers(list(3)?)?);
     let mut shape = x.ty.shape.clone();
     let mut contents = x.contents.cloned();
-    for ((start, end), axis) in starts.iter().zip(&ends).zip(&axes) {
+    for ((start, end), axis) in starts.iter().zip(ends).zip(&axes) {
         let index = axis_index(*axis, shape.len())?;
         let full = shape.get(index).cloned().ok_or("no such axis")?;
-        let place = |at: i64| if at < 0 { &full + &Dim::constant(at) } else { Dim::constant(at) };
-        let stop = match full.value() {
-            Some(size) if *end > size => full.clone(),
-            None if *end == i64::MAX => full.clone(),
-            _ => place(*end),
+        let place = |at: &Dim| if at.value().is_some_and(|at| at < 0) { &full + at } else { at.clone() };
+        let stop = match (full.value(), end.value()) {
+            (Some(size), Some(end)) if end > size => full.clone(),
+            (None, Some(i64::MAX)) => full.clone(),
+            _ => place(end),
         };
-        let length = &stop + &(&place(*start) * &Dim::constant(-1));
-        if let (Some(known), Some(from), Some(to)) = (&contents, place(*start).value(), stop.value()) {
+        let length = &stop + &(&place(start) * &Dim::constant(-1));
+        if let (Some(known), Some(from), Some(to)) = (&contents, place(start).value(), stop.value()) {
             let range = usize::try_from(from).unwrap_or(0)..usize::try_from(to).unwrap_or(0);
             contents = known.get(range).map(<[Dim]>::to_vec);
         }

@@ -54,9 +54,14 @@ impl Lowerer<'_> {
         self.length("attention_mask")
     }
 
+    /// New tokens, `S`.
+    pub(super) fn new_length(&mut self) -> Result<ValueId> {
+        self.length("input_ids")
+    }
+
     /// Tokens in the cache, `P = T - S`.
-    fn past_length(&mut self) -> Result<ValueId> {
-        let (total, new) = (self.total_length()?, self.length("input_ids")?);
+    pub(super) fn past_length(&mut self) -> Result<ValueId> {
+        let (total, new) = (self.total_length()?, self.new_length()?);
         self.share("lengths/past", |s| s.e.add(Operator::new("Sub"), &[total, new]))
     }
 
@@ -117,7 +122,11 @@ impl Lowerer<'_> {
         let (key, query) = (self.key_index()?, self.query_index()?);
         self.share(&format!("mask/block_{chunk}"), |s| {
             let mask = s.input("attention_mask")?;
-            let first = s.e.add(Operator::new("ArgMax").int("axis", 1).int("keepdims", 1), &[mask])?;
+            let largest = Operator::new("ArgMax").int("axis", 1).int("keepdims", 1);
+            let integers = [Some(ElementType::I64)];
+            // Zeros and ones are the same numbers in float32, for a provider that has no kernel for integers.
+            let mask = if s.e.runs(&largest, &integers, &integers) { mask } else { s.e.cast(mask, ElementType::F32)? };
+            let first = s.e.add(largest, &[mask])?;
             let (axes, size) = (s.e.ints(&[1, 2]), s.e.int(i64::try_from(chunk).unwrap_or(i64::MAX)));
             // [B, 1] -> [B, 1, 1, 1]
             let first = s.e.add(Operator::new("Unsqueeze"), &[first, axes])?;
@@ -168,7 +177,7 @@ impl Lowerer<'_> {
     /// The padding alone as something added to the scores, `[B, 1, S, T]`
     pub(super) fn padding_bias(&mut self, element: ElementType) -> Result<ValueId> {
         let kept = self.kept()?;
-        let new = self.length("input_ids")?;
+        let new = self.new_length()?;
         self.share(&format!("mask/padding_{element}"), |s| {
             let bias = s.zero_where(kept, element)?;
             let (one, axis) = (s.e.ints(&[1]), s.e.ints(&[0]));
@@ -196,11 +205,15 @@ impl Lowerer<'_> {
 
     /// The hidden state of each row's last kept token among the new ones: `[B, S, H]` -> `[B, 1, H]`
     pub(super) fn last_token(&mut self, x: ValueId, _mask: ValueId) -> Result<ValueId> {
-        let (last, past) = (self.last_kept()?, self.past_length()?);
-        let place = self.e.add(Operator::new("Sub"), &[last, past])?;
-        let zero = self.e.int(0);
-        // A row without a new token (it ended before) has no logits worth reading; its first place is as good as any.
-        let place = self.e.add(Operator::new("Max"), &[place, zero])?;
+        let place = if self.order_kept.is_none() {
+            self.last_new()?
+        } else {
+            let (last, past) = (self.last_kept()?, self.past_length()?);
+            let place = self.e.add(Operator::new("Sub"), &[last, past])?;
+            let zero = self.e.int(0);
+            // A row without a new token (it ended before) has no logits worth reading; its first place is as good as any.
+            self.e.add(Operator::new("Max"), &[place, zero])?
+        };
         let axes = self.e.ints(&[1, 2]);
         // [B] -> [B, 1, 1]
         let place = self.e.add(Operator::new("Unsqueeze"), &[place, axes])?;

@@ -5,6 +5,7 @@
 //! why and the next one is tried. The reasons are kept for `inspect`.
 
 mod activation;
+mod aligned;
 mod attention;
 mod combination;
 mod emit;
@@ -98,13 +99,16 @@ pub fn lower(model: &Graph<Model>, options: &Options) -> Result<Lowered> {
         named: HashSet::new(),
         shared: HashMap::new(),
         notes: BTreeMap::new(),
+        order_kept: None,
     };
+    lowerer.order_kept = lowerer.keeps_order(model)?;
     for id in &model.inputs {
         let value = model.value(*id);
         let lowered = lowerer.e.graph.add_input(&value.name, lowerer.ty(&value.ty));
         lowerer.values.insert(*id, lowered);
         lowerer.named.insert(lowered);
     }
+    lowerer.align(model)?;
     for node in &model.nodes {
         lowerer.node(model, node)?;
     }
@@ -127,9 +131,26 @@ struct Lowerer<'s> {
     /// Values that many nodes share, such as masks, by what they are.
     shared: HashMap<String, ValueId>,
     notes: BTreeMap<(String, String, String), Note>,
+    /// Why tokens stay in the order in which they are given; nothing if rows are aligned to the left.
+    order_kept: Option<String>,
 }
 
 impl Lowerer<'_> {
+    /// Puts the tokens of each row first, if the graph is to be computed so.
+    fn align(&mut self, model: &Graph<Model>) -> Result<()> {
+        if self.order_kept.is_some() {
+            return Ok(());
+        }
+        self.e.enter("/model/aligned");
+        let by_token = |id: &&ValueId| matches!(model.value(**id).name.as_str(), "input_ids" | "position_ids");
+        for id in model.inputs.iter().filter(by_token) {
+            let given = self.value(model, *id)?;
+            let rotated = self.rotated(given)?;
+            self.values.insert(*id, rotated);
+        }
+        Ok(())
+    }
+
     fn element(&self, kind: Kind) -> ElementType {
         match kind {
             Kind::Real => self.compute(),
@@ -265,6 +286,8 @@ impl Lowerer<'_> {
             }
             (Composite::Attention(op), operands) => return self.attention(op, operands),
             (Composite::LastToken, [x, mask]) => self.last_token(*x, *mask),
+            (Composite::EveryToken, [x, _]) if self.order_kept.is_none() => self.rotated_back(*x),
+            (Composite::EveryToken, [x, _]) => Ok(*x),
             (op, operands) => return self.combination(&node.name, op, operands),
         };
         Ok(vec![one?])

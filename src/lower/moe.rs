@@ -6,6 +6,7 @@ use crate::build::{Model, MoeOp};
 use crate::element::ElementType;
 use crate::error::{Code, Error, Result};
 use crate::graph::{Dim, Graph, Type, ValueId};
+use crate::quantize::Scheme;
 use crate::spec::{Activation, Score};
 use crate::weight::{Split, Weight};
 
@@ -69,43 +70,27 @@ impl Lowerer<'_> {
         self.e.add(Operator::new("Add"), &[y, kept])
     }
 
-    /// `MoE` of onnxruntime: only the chosen experts run. It takes gate and up rows in turn, and only float32.
+    /// `MoE` of onnxruntime: only the chosen experts run. It takes gate and up rows in turn.
     fn fused_moe(&mut self, op: &MoeOp, model: &Graph<Model>, operands: &Operands) -> Result<Form<ValueId>> {
-        let call = match expert_call(op, "MoE") {
+        let call = match self.expert_call(op, "MoE", (operands.x, op.intermediate_size)) {
             Ok(call) => call,
             Err(reason) => return Ok(Form::Refused(reason)),
         };
         let (first, first_bias) = self.first_projection(op, model, operands)?;
         let (down, down_bias) = self.projection(model, operands.down)?;
-        let down = self.e.cast(down, ElementType::F32)?;
-        let down_bias = down_bias.map(|bias| self.e.cast(bias, ElementType::F32)).transpose()?;
         let weights = [Some(first), first_bias, Some(down), down_bias];
         self.call_experts(op, operands, call, &weights).map(Form::Done)
     }
 
     /// `QMoE`: the same with integers.
     fn quantized_moe(&mut self, op: &MoeOp, model: &Graph<Model>, operands: &Operands) -> Result<Form<ValueId>> {
-        let call = match expert_call(op, "QMoE") {
-            Ok(call) => call,
-            Err(reason) => return Ok(Form::Refused(reason)),
-        };
         let (up, down) = (named(model, operands.up.weight), named(model, operands.down.weight));
         let gate = operands.gate.map(|gate| named(model, gate.weight));
-        let schemes = [Some(&up), Some(&down), gate.as_ref()].map(|of| of.map(|(name, _)| self.scheme(name)));
-        let Some(Some(scheme)) = schemes.first().copied().flatten() else {
-            return Ok(Form::Refused("the experts are not quantised".to_owned()));
+        let names = [Some(&up), Some(&down), gate.as_ref()];
+        let scheme = match self.experts_scheme(names.into_iter().flatten().map(|(name, _)| name.as_str())) {
+            Ok(scheme) => scheme,
+            Err(reason) => return Ok(Form::Refused(reason)),
         };
-        if schemes.iter().flatten().any(|other| *other != Some(scheme)) {
-            return Ok(Form::Refused("the operator takes one scheme for all projections".to_owned()));
-        }
-        if scheme.bits() == 2 || scheme.has_float_zeros() {
-            return Ok(Form::Refused("the operator has no kernel for 2 bits, nor for float zero points".to_owned()));
-        }
-        if scheme.bits() == 8 && (1..4).contains(&self.accuracy_level()) {
-            return Ok(Form::Refused(
-                "with 8 bits its kernel rounds activations to 8 bits, whatever is asked".to_owned(),
-            ));
-        }
         let block = scheme.block_size();
         let inputs = width(&up.1);
         if !inputs.is_multiple_of(block) {
@@ -114,6 +99,10 @@ impl Lowerer<'_> {
         // The second projection's last block is filled up with zeros, so that many more rows of the first one, whatever
         // they hold, change nothing.
         let rows = op.intermediate_size.next_multiple_of(block);
+        let call = match self.expert_call(op, "QMoE", (operands.x, rows)) {
+            Ok(call) => call,
+            Err(reason) => return Ok(Form::Refused(reason)),
+        };
         let first = match &gate {
             None => {
                 let (weight, shape) = extended(&up.0, &up.1, rows);
@@ -139,10 +128,30 @@ impl Lowerer<'_> {
             .string("quant_type", "int")
             .int("accuracy_level", self.accuracy_level())
             .int("weights_prepacked", 0);
-        let (scales, scales2) = (first.scales, second.scales);
+        let element = self.e.ty(operands.x).element;
+        let (scales, scales2) = (self.e.cast(first.scales, element)?, self.e.cast(second.scales, element)?);
         let weights = [Some(first.data), Some(scales), first_bias, Some(second.data), Some(scales2), down_bias];
         let zeros = [None, None, None, first.zero_points, second.zero_points];
         self.call_experts(op, operands, call, &[weights.as_slice(), &zeros].concat()).map(Form::Done)
+    }
+
+    /// The scheme of all projections of the experts, or why `QMoE` can not take them.
+    fn experts_scheme<'n>(&self, mut names: impl Iterator<Item = &'n str>) -> std::result::Result<Scheme, String> {
+        let scheme = names.next().and_then(|name| self.scheme(name)).ok_or("the experts are not quantised")?;
+        if names.any(|name| self.scheme(name) != Some(scheme)) {
+            return Err("the operator takes one scheme for all projections".to_owned());
+        }
+        let least = self.options.target.limits("QMoE").block;
+        if scheme.block_size() < least {
+            return Err(format!("its kernel takes blocks of {least} and more"));
+        }
+        if scheme.bits() == 2 || scheme.has_float_zeros() {
+            return Err("the operator has no kernel for 2 bits, nor for float zero points".to_owned());
+        }
+        if scheme.bits() == 8 && (1..4).contains(&self.accuracy_level()) {
+            return Err("with 8 bits its kernel rounds activations to 8 bits, whatever is asked".to_owned());
+        }
+        Ok(scheme)
     }
 
     /// The bias of the first projection of so many rows, those of gate and up in turn.
@@ -175,15 +184,16 @@ impl Lowerer<'_> {
         // [B, S, E] -> [B * S, E]
         let logits = self.e.reshape(routing.logits, &experts)?;
         let element = self.e.ty(operands.x).element;
-        let x = self.e.cast(operands.x, ElementType::F32)?;
+        let logits = self.e.cast(logits, element)?;
         let call = call.int("normalize_routing_weights", routing.normalize.into());
-        let mut inputs = vec![Some(x), Some(logits)];
+        let mut inputs = vec![Some(operands.x), Some(logits)];
         inputs.extend(weights);
         while inputs.last() == Some(&None) {
             inputs.pop();
         }
         let [mut y] = self.e.call(call, &inputs, [true])?;
         if let Some(scale) = routing.scale {
+            y = self.e.cast(y, ElementType::F32)?;
             y = self.e.add(Operator::new("Mul"), &[y, scale])?;
         }
         self.e.cast(y, element)
@@ -195,23 +205,21 @@ impl Lowerer<'_> {
         Ok((weight, projection.bias.map(|bias| self.value(model, bias)).transpose()?))
     }
 
-    /// The projection into experts in float32, the rows of gate and up in turn where there is a gate.
+    /// The projection into experts, the rows of gate and up in turn where there is a gate.
     fn first_projection(
         &mut self,
         op: &MoeOp,
         model: &Graph<Model>,
         operands: &Operands,
     ) -> Result<(ValueId, Option<ValueId>)> {
-        let (weight, bias) = match operands.gate {
-            None => self.projection(model, operands.up)?,
+        match operands.gate {
+            None => self.projection(model, operands.up),
             Some(gate) => {
                 let weight = self.interleaved(op, model, gate.weight, operands.up.weight)?;
                 let biases = gate.bias.zip(operands.up.bias);
-                (weight, biases.map(|(gate, up)| self.interleaved(op, model, gate, up)).transpose()?)
+                Ok((weight, biases.map(|(gate, up)| self.interleaved(op, model, gate, up)).transpose()?))
             }
-        };
-        let weight = self.e.cast(weight, ElementType::F32)?;
-        Ok((weight, bias.map(|bias| self.e.cast(bias, ElementType::F32)).transpose()?))
+        }
     }
 
     /// `[E, I, ..]` twice -> `[E, 2 * I, ..]`
@@ -441,6 +449,42 @@ impl Lowerer<'_> {
         self.e.add(Operator::new("Add"), &[y, bias])
     }
 
+    /// A call of an operator that runs the chosen experts, `rows` wide inside, or why it can not express these.
+    fn expert_call(
+        &self,
+        op: &MoeOp,
+        op_type: &'static str,
+        (x, rows): (ValueId, usize),
+    ) -> std::result::Result<Operator, String> {
+        if op.weigh_input {
+            return Err("the operator weighs outputs, not inputs".to_owned());
+        }
+        if op.top_k > op.experts {
+            return Err(format!("{} experts of {} with weights", op.top_k, op.experts));
+        }
+        let call = Operator::microsoft(op_type).size("k", op.top_k);
+        let element = self.e.ty(x).element;
+        if !self.e.runs(&call, &[Some(element); 2], &[Some(element)]) {
+            return Err(format!("the provider has no kernel of the operator for {element}"));
+        }
+        let (hidden, widths) =
+            (self.e.shape(x).last().and_then(Dim::value), self.options.target.limits(op_type).widths);
+        let hidden = hidden.and_then(|size| usize::try_from(size).ok()).unwrap_or(0);
+        if let Some(odd) = [hidden, rows].into_iter().find(|size| !size.is_multiple_of(widths)) {
+            return Err(format!("its kernel takes widths that are multiples of {widths}, and not {odd}"));
+        }
+        Ok(match (op.gated, op.activation) {
+            (true, Activation::Silu) => swiglu(call, 1.0, 0.0),
+            (true, Activation::ClampedSwiglu { alpha, limit }) => swiglu(call, alpha, 1.0).float("swiglu_limit", limit),
+            (false, Activation::Silu) => call.string("activation_type", "silu"),
+            (false, Activation::Relu) => call.string("activation_type", "relu"),
+            (gated, other) => {
+                let kind = if gated { "gated" } else { "plain" };
+                return Err(format!("the operator has no {kind} {other:?} experts"));
+            }
+        })
+    }
+
     /// `[B, S, N]` -> `[N, B * S]`
     fn tokens_last(&mut self, x: ValueId) -> Result<ValueId> {
         let width = self.e.shape(x).last().cloned().unwrap_or_else(|| Dim::from(1));
@@ -448,27 +492,6 @@ impl Lowerer<'_> {
         let x = self.e.reshape(x, &rows)?;
         self.e.add(Operator::new("Transpose").ints("perm", &[1, 0]), &[x])
     }
-}
-
-/// A call of an operator that runs the chosen experts, or why it can not express these.
-fn expert_call(op: &MoeOp, op_type: &'static str) -> std::result::Result<Operator, String> {
-    if op.weigh_input {
-        return Err("the operator weighs outputs, not inputs".to_owned());
-    }
-    if op.top_k > op.experts {
-        return Err(format!("{} experts of {} with weights", op.top_k, op.experts));
-    }
-    let call = Operator::microsoft(op_type).size("k", op.top_k);
-    Ok(match (op.gated, op.activation) {
-        (true, Activation::Silu) => swiglu(call, 1.0, 0.0),
-        (true, Activation::ClampedSwiglu { alpha, limit }) => swiglu(call, alpha, 1.0).float("swiglu_limit", limit),
-        (false, Activation::Silu) => call.string("activation_type", "silu"),
-        (false, Activation::Relu) => call.string("activation_type", "relu"),
-        (gated, other) => {
-            let kind = if gated { "gated" } else { "plain" };
-            return Err(format!("the operator has no {kind} {other:?} experts"));
-        }
-    })
 }
 
 fn width(shape: &[usize]) -> usize {

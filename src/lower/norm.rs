@@ -4,7 +4,7 @@ use super::{Form, Lowerer, Operator};
 use crate::build::{Model, NormOp};
 use crate::element::ElementType;
 use crate::error::{Code, Error, Result};
-use crate::graph::{Dim, Graph, ValueId};
+use crate::graph::{Dim, Graph, Type, ValueId};
 use crate::spec::NormKind;
 use crate::weight::Weight;
 
@@ -31,6 +31,9 @@ impl Lowerer<'_> {
             NormKind::Layer => "add_layer_norm",
         };
         self.first_form(composite, |s, form| match form {
+            "SkipSimplifiedLayerNormalization" if s.e.ty(affine.weight).element != s.e.ty(x).element => {
+                Ok(Form::Refused("the weight is multiplied in float32 here".to_owned()))
+            }
             "SkipSimplifiedLayerNormalization" => {
                 let call = Operator::microsoft("SkipSimplifiedLayerNormalization").float("epsilon", op.eps);
                 let operands = [Some(x), Some(residual), Some(affine.weight)];
@@ -70,7 +73,9 @@ impl Lowerer<'_> {
             Some(id) if op.offset => {
                 let value = model.value(*id);
                 let weight = Weight::AddOne(Box::new(Weight::source(&value.name)));
-                let ty = self.ty(&value.ty);
+                // In half precision one takes most of the bits of the difference: transformers adds in float32.
+                let ty = Type::new(ElementType::F32, value.ty.shape.iter().cloned());
+                let ty = if op.kind == NormKind::Rms { ty } else { self.ty(&value.ty) };
                 self.parameter(&format!("{}.plus_one", value.name), ty, value.ty.element, weight)?
             }
             Some(id) => self.value(model, *id)?,
@@ -91,6 +96,8 @@ impl Lowerer<'_> {
             let [normed] = self.e.call(call, operands.get(..given).unwrap_or(&operands), [true])?;
             return Ok(normed);
         }
+        let element = self.e.ty(x).element;
+        let x = self.e.cast(x, self.e.ty(affine.weight).element)?;
         let mut normed = self.first_form("norm", |s, form| match form {
             // It lives in ONNX's domain although ONNX has no such operator.
             "SimplifiedLayerNormalization" => {
@@ -103,6 +110,7 @@ impl Lowerer<'_> {
             }
             _ => s.rms_spelled_out(op, x, affine.weight).map(Form::Done),
         })?;
+        normed = self.e.cast(normed, element)?;
         if let Some(bias) = affine.bias {
             normed = self.e.add(Operator::new("Add"), &[normed, bias])?;
         }

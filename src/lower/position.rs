@@ -36,12 +36,12 @@ impl Lowerer<'_> {
         self.e.cast(table, self.compute())
     }
 
-    /// Positions plus the padding of each row: `p + T - sum(mask)`
+    /// Positions plus the padding of each row: `p + sum(1 - mask)`. The length of the mask would be a number of the host.
     fn padded(&mut self, positions: ValueId, mask: ValueId) -> Result<ValueId> {
-        let total = self.total_length()?;
+        let one = self.e.int(1);
+        let padding = self.e.add(Operator::new("Sub"), &[one, mask])?;
         // [B, T] -> [B, 1]
-        let kept = self.reduce("ReduceSum", mask, &[-1], true)?;
-        let padding = self.e.add(Operator::new("Sub"), &[total, kept])?;
+        let padding = self.reduce("ReduceSum", padding, &[-1], true)?;
         self.e.add(Operator::new("Add"), &[positions, padding])
     }
 

@@ -43,6 +43,8 @@ pub struct Signature {
     pub share_buffer: bool,
     /// The graph has the input `position_ids`.
     pub position_ids: bool,
+    /// The execution provider that the graph is for; the CPU if there is none.
+    pub provider: Option<String>,
 }
 
 /// Which files were written.

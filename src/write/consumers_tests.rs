@@ -21,6 +21,7 @@ fn signature() -> Signature {
         head_size: 32,
         share_buffer: true,
         position_ids: true,
+        provider: None,
     }
 }
 

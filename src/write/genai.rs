@@ -31,8 +31,10 @@ fn decoder(signature: &Signature) -> Value {
     for (key, name, _) in names.into_iter().filter(|(_, _, written)| *written) {
         inputs.insert(key.into(), name.into());
     }
+    // A provider's options are its name and what differs from its defaults.
+    let providers: Vec<Value> = signature.provider.iter().map(|provider| json!({ provider: {} })).collect();
     json!({
-        "session_options": { "log_id": "onnxruntime-genai", "provider_options": [] },
+        "session_options": { "log_id": "onnxruntime-genai", "provider_options": providers },
         "filename": signature.onnx_file,
         "head_size": signature.head_size,
         "hidden_size": signature.hidden_size,
