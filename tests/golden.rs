@@ -112,42 +112,26 @@ fn every_case_on_every_target() -> TestResult {
     must_hold("float32", &jobs(&names)?)
 }
 
-/// Cases whose float32 weights, rounded to float16, are another model by more than 2e-3 of the largest logit: nothing
-/// else of a float16 build is rounded, and those of checkpoints in float16 or bfloat16 agree as float32 builds do.
-const ROUNDED: [&str; 21] = [
-    "deepseek_v2",
-    "deepseek_v2-greedy",
-    "deepseek_v3",
-    "deepseek_v32",
-    "ernie4_5",
-    "ernie4_5_moe",
-    "flex_olmo",
-    "gemma3n_text",
-    "gemma4_text",
-    "gemma4_text-moe",
-    "glm_moe_dsa",
-    "gpt_neo",
-    "jetmoe",
-    "llama-tied",
-    "llama4_text",
-    "nemotron",
-    "phimoe",
-    "phimoe-b",
-    "smollm3",
-    "vaultgemma",
-    "youtu",
-];
-
+/// Every case with its matrices in half precision, held to what rounding them does to transformers.
 #[test]
 fn float16() -> TestResult {
+    must_hold("float16", &halved(ElementType::F16)?)
+}
+
+#[test]
+fn bfloat16() -> TestResult {
+    must_hold("bfloat16", &halved(ElementType::BF16)?)
+}
+
+fn halved(element: ElementType) -> TestResult<Vec<Job>> {
     let mut jobs = Vec::new();
-    for case in cases()?.iter().filter(|case| !ROUNDED.contains(&case.name.as_str())) {
-        let mut job = Job::new(case, "ort-cpu")?;
-        job.name += " in float16";
-        job.options.element = ElementType::F16;
-        jobs.push(job);
+    for case in cases()? {
+        let mut options = case.options("ort-cpu")?;
+        options.element = element;
+        let name = format!("{} on ort-cpu in {element}", case.name);
+        jobs.push(Job { name, options, golden: case.golden(), scenarios: &[] });
     }
-    must_hold("float16", &jobs)
+    Ok(jobs)
 }
 
 /// Every case with its weights in the checkpoint's own files, on the target with the most operators of its own; a few
