@@ -2,6 +2,7 @@
 import copy
 import inspect
 import math
+import re
 
 import torch
 import transformers
@@ -10,6 +11,8 @@ B, T, NEW = 3, 24, 16          # batch rows, prompt length, greedy continuation
 PADS = (0, 5, 11)              # padding of each row, on the left
 SPLIT = 10                     # prompt prefix used by the two cache checks
 TOL = 1e-4                     # cached and uncached logits should agree to this
+ROUTER = re.compile(r"(^|\.)(gate|router|wg|router\.layer|gate\.wg|router\.classifier)\.weight$")
+HALVES = (torch.float16, torch.bfloat16)
 
 torch.set_num_threads(1)       # sums in one order: the same bits on every run
 torch.set_grad_enabled(False)
@@ -17,11 +20,14 @@ transformers.logging.disable_progress_bar()
 
 
 def load(folder, trust=False, dtype=torch.float32):
-    """(model, what the loader complained about), with eager attention and eager experts where they are native."""
+    """(model, what the loader complained about), with eager attention and eager experts where they are native.
+
+    What a model keeps in float32 in its half precision stays so, as do the buffers that rotations are computed from."""
     options = {} if trust else {"experts_implementation": "eager"}
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, attn_implementation="eager", output_loading_info=True, trust_remote_code=trust, **options)
-    return model.to(dtype).eval(), {k: sorted(map(str, v)) for k, v in info.items() if v and k != "error_msgs"}
+    model = model if dtype in HALVES else model.to(dtype)
+    return model.eval(), {k: sorted(map(str, v)) for k, v in info.items() if v and k != "error_msgs"}
 
 
 def vocab_of(config):

@@ -22,7 +22,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import reference
 import weights
-from reference import full_pass
+from reference import ROUTER, full_pass
 
 HERE = Path(__file__).resolve().parent
 MAX_SEEDS = 10
@@ -31,7 +31,6 @@ TOKENIZER = {name: (HERE / "cases" / "mixtral" / name).read_bytes()
              for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")}
 FINDINGS = ("std", "topk_gap", "greedy_gap", "seed", "transformers_disagrees", "insensitive", "load_report")
 KEEP = re.compile(r"inv_freq|position_ids$|embed_scale$|masked_bias$|\.eps$|\.beta$|scaler$|normalizer|mask$")
-ROUTER = re.compile(r"(^|\.)(gate|router|wg|router\.layer|gate\.wg|router\.classifier)\.weight$")
 
 
 # --------------------------------------------------------------------------------------------------- the model

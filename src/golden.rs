@@ -1,5 +1,7 @@
 //! A golden: what the reference computed for a model, in a safetensors file.
 
+mod halves;
+
 use std::collections::HashMap;
 use std::fs;
 use std::path::{Component, Path, PathBuf};
@@ -9,6 +11,8 @@ use safetensors::{Dtype, SafeTensors};
 
 use crate::error::{Code, Error, Result};
 use crate::session::{Floats, IntMatrix};
+
+pub use halves::{Finding, HalfError, HalfErrors, Halves};
 
 /// Positions lie below this: sizes are held in 32 bits with a sign.
 const LONGEST: usize = 0x7fff_ffff;
@@ -36,6 +40,8 @@ pub struct Golden {
     pub logits_steps: Option<Floats>,
     /// The first row in two pieces, likewise.
     pub logits_chunks: Option<Floats>,
+    /// How far the reference in half precision is from its own float32.
+    pub halves: Halves,
     /// The metadata of the header.
     pub metadata: HashMap<String, String>,
 }
@@ -111,6 +117,7 @@ impl Golden {
             hidden_states,
             logits_steps: optional("logits_steps")?,
             logits_chunks: optional("logits_chunks")?,
+            halves: Halves::from_metadata(&metadata)?,
             metadata,
         })
     }

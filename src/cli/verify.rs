@@ -88,7 +88,12 @@ pub(super) fn judge(report: &Report) -> Result<()> {
         return Err(error.expected(format!("at most {}", cost.bar)).help(help));
     }
     let layer = report.divergence.as_ref().map(|d| d.message.as_str());
+    let derived = report.scenarios.iter().any(|outcome| outcome.allowed.is_some());
     Err(error
-        .expected(format!("differences within {:.0e} of the largest logit", report.tolerance))
+        .expected(if derived {
+            "differences within those that the reference in half precision allows".to_owned()
+        } else {
+            format!("differences within {:.0e} of the largest logit", report.tolerance)
+        })
         .help(layer.unwrap_or_default()))
 }

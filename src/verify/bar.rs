@@ -67,6 +67,7 @@ impl Bar {
 
     /// Judges a scenario by this bar, and not by the float tolerance.
     pub(super) fn judge(&self, outcome: &mut Outcome) {
+        outcome.allowed = None;
         if outcome.greedy.is_some() {
             outcome.verdict = Verdict::NotCompared;
             outcome.note = Some("tokens are shown, not judged: a quantised model may choose others".into());

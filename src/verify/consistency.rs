@@ -11,8 +11,8 @@ use super::metrics::Logits;
 use super::report::{Kind, Outcome, Report};
 use super::scenario::{Continuation, Prompt, Scenario, compare_rows, continue_greedily, run, run_rows_alone};
 use super::{
-    GREEDY_TOKENS, Options, WINDOW, cost, divergence, element_of, failed, folder_of, judge_greedy, judged, perplexity,
-    promised,
+    Allowed, GREEDY_TOKENS, Options, WINDOW, cost, divergence, element_of, failed, folder_of, judge_greedy, judged,
+    perplexity, promised,
 };
 use crate::error::{Code, Error, Result};
 use crate::session::{Decoder, IntMatrix};
@@ -136,14 +136,18 @@ fn against(
     tolerance: f64,
 ) -> Outcome {
     match got {
-        Ok(got) => judged(name, whom, compare_rows(got, want, prompt, scenario.rows(prompt)), tolerance),
+        Ok(got) => {
+            judged(name, whom, compare_rows(got, want, prompt, scenario.rows(prompt)), Allowed::fixed(tolerance))
+        }
         Err(error) => failed(name, whom, error),
     }
 }
 
 fn greedy(name: &str, whom: &str, got: &Result<Continuation>, want: &Result<Continuation>, report: &Report) -> Outcome {
     match (got, want) {
-        (Ok(got), Ok(want)) => judge_greedy(name, whom, got, &want.ids, &want.logits, report.element, report.tolerance),
+        (Ok(got), Ok(want)) => {
+            judge_greedy(name, whom, got, &want.ids, &want.logits, report.element, Allowed::fixed(report.tolerance))
+        }
         (Err(error), _) | (_, Err(error)) => failed(name, whom, error),
     }
 }

@@ -5,10 +5,11 @@ use std::path::Path;
 use super::cost::Cost;
 use super::metrics::{Comparison, Logits};
 use super::report::{Kind, Outcome, Perplexity, Report, Verdict};
-use super::scenario::{Prompt, Scenario, compare_rows, continue_greedily, run, steps_of};
+use super::scenario::{Prompt, Scenario, compare_rows, continue_along, run, steps_of};
+use super::tolerance::Bars;
 use super::{
-    GREEDY_TOKENS, Options, WINDOW, consistency, cost, divergence, element_of, failed, folder_of, judge_greedy, judged,
-    perplexity, promised,
+    Allowed, GREEDY_TOKENS, Options, WINDOW, consistency, cost, divergence, element_of, failed, folder_of,
+    judge_greedy, judged, perplexity, promised,
 };
 use crate::element::ElementType;
 use crate::error::Result;
@@ -20,7 +21,9 @@ use crate::tokenizer::Tokenizer;
 pub fn against_golden(model: &Path, golden: &Golden, options: &Options) -> Result<Report> {
     let mut decoder = Decoder::open(model, &options.session(false))?;
     let element = element_of(model, &decoder);
-    let tolerance = options.tolerance(element);
+    let half = |element: ElementType| matches!(element, ElementType::F16 | ElementType::BF16);
+    let computes = decoder.slots().iter().any(|slot| half(slot.element));
+    let bars = Bars::of(&golden.halves, element, computes, options);
     let prompt = Prompt {
         ids: golden.input_ids.clone(),
         mask: golden.attention_mask.clone(),
@@ -31,7 +34,7 @@ pub fn against_golden(model: &Path, golden: &Golden, options: &Options) -> Resul
         model: decoder.file().to_path_buf(),
         reference: Some(golden.path.clone()),
         element,
-        tolerance,
+        tolerance: options.tolerance(element),
         scenarios: Vec::new(),
         perplexity: Vec::new(),
         cost: Cost::of(model, options),
@@ -42,10 +45,14 @@ pub fn against_golden(model: &Path, golden: &Golden, options: &Options) -> Resul
     let (scenarios, note) = promised(model);
     report.notes.extend(note);
     for scenario in scenarios.iter().copied() {
-        let outcome = check(&mut decoder, golden, &reference, &prompt, scenario, tolerance);
-        report.scenarios.push(outcome.unwrap_or_else(|e| failed(scenario.name(), "golden", &e)));
+        let (allowed, note) = bars.of_scenario(scenario.name());
+        let outcome = check(&mut decoder, golden, &reference, &prompt, scenario, allowed);
+        let outcome = outcome.unwrap_or_else(|e| failed(scenario.name(), "golden", &e));
+        report.scenarios.push(outcome.with_note(note));
     }
-    report.scenarios.extend(check_greedy(&mut decoder, golden, &prompt, (element, tolerance)));
+    let (allowed, note) = bars.of_scenario("greedy");
+    let greedy = check_greedy(&mut decoder, golden, &prompt, (element, allowed));
+    report.scenarios.extend(greedy.map(|outcome| outcome.with_note(note)));
     if let Some(bar) = report.cost.as_ref().map(|cost| cost.bar) {
         report.scenarios.iter_mut().for_each(|outcome| bar.judge(outcome));
         report.scenarios.extend(consistency::own_runs(&mut decoder, &prompt, &scenarios)?);
@@ -67,7 +74,7 @@ fn check(
     reference: &Logits,
     prompt: &Prompt,
     scenario: Scenario,
-    tolerance: f64,
+    allowed: Allowed,
 ) -> Result<Outcome> {
     let rows = scenario.rows(prompt);
     let got = run(decoder, prompt, scenario)?.logits;
@@ -80,14 +87,14 @@ fn check(
     let cached_differs = golden.logits_steps.is_some() || golden.logits_chunks.is_some();
     if let Some(other) = cached.and_then(|t: &Floats| compare_rows(&got, &Logits::from_tensor(t), prompt, rows)) {
         if full.is_none_or(|f| closer(&other, &f)) {
-            let mut outcome = judged(scenario.name(), "golden, cached", Some(other), tolerance);
+            let mut outcome = judged(scenario.name(), "golden, cached", Some(other), allowed);
             outcome.note = Some("compared with the reference's cached run, which differs from its full pass".into());
             return Ok(outcome);
         }
-    } else if scenario == Scenario::BatchDecode && cached_differs && full.is_some_and(|f| f.max > tolerance) {
-        return check_row_of_batch(decoder, prompt, &got, tolerance);
+    } else if scenario == Scenario::BatchDecode && cached_differs && full.is_some_and(|f| !allowed.admits(&f)) {
+        return check_row_of_batch(decoder, prompt, &got, allowed);
     }
-    Ok(judged(scenario.name(), "golden", full, tolerance))
+    Ok(judged(scenario.name(), "golden", full, allowed))
 }
 
 fn closer(this: &Comparison, that: &Comparison) -> bool {
@@ -96,10 +103,10 @@ fn closer(this: &Comparison, that: &Comparison) -> bool {
 
 /// A cached batch of a model whose cached run differs from its full pass has no reference in the golden.
 /// What must hold all the same: the first row, which has no padding, comes out as it does alone in the same pieces.
-fn check_row_of_batch(decoder: &mut Decoder, prompt: &Prompt, got: &Logits, tolerance: f64) -> Result<Outcome> {
+fn check_row_of_batch(decoder: &mut Decoder, prompt: &Prompt, got: &Logits, allowed: Allowed) -> Result<Outcome> {
     let alone = super::scenario::run_in_pieces_alone(decoder, prompt, Scenario::BatchDecode)?;
     let comparison = compare_rows(got, &alone.logits, prompt, 1);
-    let mut outcome = judged(Scenario::BatchDecode.name(), "own first row", comparison, tolerance);
+    let mut outcome = judged(Scenario::BatchDecode.name(), "own first row", comparison, allowed);
     outcome.note = Some(
         "the reference's cached run differs from its full pass, and the golden has none for a batch: \
                          the first row is compared with its own run alone"
@@ -112,13 +119,13 @@ fn check_greedy(
     decoder: &mut Decoder,
     golden: &Golden,
     prompt: &Prompt,
-    (element, tolerance): (ElementType, f64),
+    (element, allowed): (ElementType, Allowed),
 ) -> Option<Outcome> {
     let ids = golden.greedy_ids.as_ref()?.get(prompt.ids.columns..)?;
     let logits = golden.greedy_logits.as_ref().map(steps_of).unwrap_or_default();
     let count = ids.len().min(GREEDY_TOKENS);
-    Some(match continue_greedily(decoder, prompt, count, true) {
-        Ok(got) => judge_greedy("greedy", "golden", &got, ids, &logits, element, tolerance),
+    Some(match continue_along(decoder, prompt, ids.get(..count).unwrap_or(ids)) {
+        Ok(got) => judge_greedy("greedy", "golden", &got, ids, &logits, element, allowed),
         Err(error) => failed("greedy", "golden", &error),
     })
 }
@@ -170,8 +177,10 @@ fn find_divergence(model: &Path, golden: &Golden, prompt: &Prompt, options: &Opt
             .push("the golden's hidden states are those of the full pass: the departing layer is not named".into());
         return;
     }
+    let failed = report.scenarios.iter().find(|o| o.scenario == scenario.name());
+    let tolerance = failed.and_then(|o| o.allowed).map_or(report.tolerance, |allowed| allowed.max);
     let found = Decoder::open(model, &options.session(true))
-        .and_then(|mut decoder| divergence::against_golden(&mut decoder, golden, prompt, scenario, report.tolerance));
+        .and_then(|mut decoder| divergence::against_golden(&mut decoder, golden, prompt, scenario, tolerance));
     match found {
         Ok(divergence) => report.divergence = Some(divergence),
         Err(error) => report.notes.push(format!("the model did not run with its hidden states: {error}")),
@@ -180,8 +189,9 @@ fn find_divergence(model: &Path, golden: &Golden, prompt: &Prompt, options: &Opt
 
 #[cfg(test)]
 mod tests {
-    use super::super::scenario::run_rows_alone;
+    use super::super::scenario::{continue_greedily, run_rows_alone};
     use super::*;
+    use crate::golden::{Finding, HalfError, HalfErrors};
     use crate::runtime::{Search, ensure};
     use crate::session::IntMatrix;
     use crate::toy::{Fault, write};
@@ -219,6 +229,7 @@ mod tests {
             hidden_states: alone.hidden_states.iter().map(|(_, h)| tensor(1, h)).collect(),
             logits_steps: None,
             logits_chunks: None,
+            halves: crate::golden::Halves::default(),
             metadata: std::collections::HashMap::default(),
             input_ids: prompt.ids,
             attention_mask: prompt.mask,
@@ -237,6 +248,37 @@ mod tests {
         let golden = toy(folder.path(), Fault::IgnoresMask);
         let report = against_golden(folder.path(), &golden, &options()).unwrap();
         assert_eq!(report.failures(), ["batch-left", "batch-decode"], "{report}");
+    }
+
+    /// The report on a toy that says it holds its weights in float16, and whose golden is off by 1e-3 of the largest logit.
+    fn rounded(own: Option<f64>) -> Report {
+        let folder = tempfile::tempdir().unwrap();
+        let mut golden = toy(folder.path(), Fault::None);
+        std::fs::write(folder.path().join("hf2onnx.json"), r#"{"dtype": "f16"}"#).unwrap();
+        let largest = golden.logits.data.iter().fold(0.0_f32, |most, l| most.max(l.abs()));
+        for logit in golden.logits.data.iter_mut().step_by(2) {
+            *logit += 1e-3 * largest;
+        }
+        golden.halves.float16 = own.map(|max| {
+            let finding = Finding::Error(HalfError { max, error: 1.0, typical: 1.0 });
+            let names = Scenario::ALL.iter().map(|scenario| scenario.name().to_owned());
+            HalfErrors { rounded: names.map(|name| (name, finding.clone())).collect(), ..HalfErrors::default() }
+        });
+        against_golden(folder.path(), &golden, &options()).unwrap()
+    }
+
+    #[test]
+    fn what_was_recorded_is_allowed_and_the_fixed_tolerance_where_nothing_was() {
+        let report = rounded(Some(9e-4));
+        assert!(report.holds(), "{report}");
+        assert!(report.scenarios[0].allowed.is_some_and(|allowed| (allowed.max - 1.09e-3).abs() < 1e-9));
+        assert!(report.to_string().contains("times what rounding matrices to f16"), "{report}");
+        let report = rounded(Some(7e-4));
+        assert_eq!(report.failures(), Scenario::ALL.map(Scenario::name), "{report}");
+        // Beyond its bar in `max` alone, as single positions are.
+        assert!(report.to_string().contains("only single positions"), "{report}");
+        let report = rounded(None);
+        assert!(report.holds() && report.scenarios.iter().all(|outcome| outcome.allowed.is_none()), "{report}");
     }
 
     #[test]

@@ -68,6 +68,8 @@ pub struct Comparison {
     pub top1: f64,
     /// Norm of the difference by that of the reference's logits, both without their means, which change no probability.
     pub error: f64,
+    /// Median of that over the positions, each by itself: what single positions that are far off do not move.
+    pub typical: f64,
     /// Mean of [`information`] over the reference's positions.
     pub information: f64,
 }
@@ -77,7 +79,7 @@ pub fn compare<'a>(pairs: impl Iterator<Item = (&'a [f32], &'a [f32])>) -> Optio
     let (mut count, mut values) = (0_u32, 0.0_f64);
     let (mut max, mut sum, mut largest) = (0.0_f64, 0.0_f64, 0.0_f64);
     let (mut kl_sum, mut kl_max, mut same) = (0.0_f64, 0.0_f64, 0_u32);
-    let (mut energy, mut known) = (Energy::default(), 0.0);
+    let (mut energy, mut known, mut each) = (Energy::default(), 0.0, Vec::new());
     for (got, want) in pairs {
         // A graph may pad its vocabulary; entries that the reference has not are not compared.
         for (g, w) in got.iter().zip(want) {
@@ -95,7 +97,9 @@ pub fn compare<'a>(pairs: impl Iterator<Item = (&'a [f32], &'a [f32])>) -> Optio
         kl_sum += kl;
         kl_max = if kl.is_nan() || kl > kl_max { kl } else { kl_max };
         same += u32::from(argmax(got.get(..want.len()).unwrap_or(got)) == argmax(want));
-        energy += Energy::of(want, got);
+        let own = Energy::of(want, got);
+        each.push(own.error());
+        energy += own;
         known += information(want);
         count += 1;
     }
@@ -111,8 +115,15 @@ pub fn compare<'a>(pairs: impl Iterator<Item = (&'a [f32], &'a [f32])>) -> Optio
         kl_max,
         top1: f64::from(same) / f64::from(count),
         error: energy.error(),
+        typical: median(each),
         information: known / f64::from(count),
     })
+}
+
+/// The middle number, the upper one of an even count; NaN counts as the largest.
+fn median(mut numbers: Vec<f64>) -> f64 {
+    numbers.sort_by(f64::total_cmp);
+    numbers.get(numbers.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
 /// True where both are the same infinity, as in the logits of tokens that a model excludes: there is no difference.
@@ -240,6 +251,16 @@ mod tests {
         assert_relative_eq!(c.max, 0.0);
         assert_relative_eq!(c.top1, 1.0);
         assert!(compare(std::iter::empty()).is_none());
+    }
+
+    #[test]
+    fn a_single_position_that_is_far_off_moves_the_error_and_not_the_typical_one() {
+        let (want, near, far) = ([1.0_f32, -1.0], [1.01_f32, -1.01], [3.0_f32, -3.0]);
+        let c = compare([near, far, near].iter().map(|got| (&got[..], &want[..]))).unwrap();
+        assert_relative_eq!(c.typical, 0.01, epsilon = 1e-6);
+        assert_relative_eq!(c.error, ((2.0 * 1e-4 + 4.0) / 3.0_f64).sqrt(), epsilon = 1e-6);
+        assert_relative_eq!(median(vec![4.0, 1.0, 3.0, 2.0]), 3.0);
+        assert!(median(vec![1.0, f64::NAN]).is_nan());
     }
 
     #[test]

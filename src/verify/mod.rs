@@ -12,6 +12,7 @@ mod perplexity;
 mod quality;
 mod report;
 pub mod scenario;
+mod tolerance;
 mod windows;
 
 use std::path::{Path, PathBuf};
@@ -26,6 +27,7 @@ pub use golden::against_golden;
 pub use layers::LayerError;
 pub use quality::{Loss, PerplexityChange, Quality, Tally, compare_builds};
 pub use report::{Divergence, Greedy, Kind, Outcome, Perplexity, Report, Verdict};
+pub use tolerance::{Allowed, Basis, tolerance};
 pub use windows::{WINDOW, Window, text_windows};
 
 use metrics::{Comparison, compare};
@@ -56,17 +58,6 @@ impl Options {
 
     fn tolerance(&self, element: ElementType) -> f64 {
         self.tolerance.unwrap_or_else(|| tolerance(element))
-    }
-}
-
-/// The largest difference that is no error, relative to the largest reference logit.
-///
-/// Correct float32 graphs agree to about 1e-6. float16 rounds to 5e-4, bfloat16, of three bits less, to 4e-3.
-pub fn tolerance(element: ElementType) -> f64 {
-    match element {
-        ElementType::F16 => 2e-3,
-        ElementType::BF16 => 1.6e-2,
-        _ => 1e-4,
     }
 }
 
@@ -101,13 +92,14 @@ fn promised(model: &Path) -> (Vec<Scenario>, Option<String>) {
 }
 
 /// An outcome from differences alone.
-fn judged(scenario: &str, against: &str, comparison: Option<Comparison>, tolerance: f64) -> Outcome {
+fn judged(scenario: &str, against: &str, comparison: Option<Comparison>, allowed: Allowed) -> Outcome {
     Outcome {
         scenario: scenario.into(),
         against: against.into(),
         comparison,
+        allowed: allowed.if_derived(),
         greedy: None,
-        verdict: comparison.map_or(Verdict::NotCompared, |c| Verdict::of(c.max, tolerance)),
+        verdict: allowed.verdict(comparison.as_ref()),
         note: comparison.is_none().then(|| "no position's logits could be compared".into()),
     }
 }
@@ -118,13 +110,15 @@ fn failed(scenario: &str, against: &str, error: &crate::error::Error) -> Outcome
         scenario: scenario.into(),
         against: against.into(),
         comparison: None,
+        allowed: None,
         greedy: None,
         verdict: Verdict::Fails,
         note: Some(error.to_string()),
     }
 }
 
-/// Judges a greedy continuation: the tokens exactly, but in float16 two logits closer than the tolerance may change places.
+/// Judges a greedy continuation: the tokens exactly, but in half precision two logits closer than what
+/// is allowed may change places.
 fn judge_greedy(
     name: &str,
     against: &str,
@@ -132,17 +126,21 @@ fn judge_greedy(
     want_ids: &[i64],
     want_logits: &[Vec<f32>],
     element: ElementType,
-    tolerance: f64,
+    allowed: Allowed,
 ) -> Outcome {
     let of = got.ids.len().min(want_ids.len());
     let matched = got.ids.iter().zip(want_ids).take(of).take_while(|(g, w)| g == w).count();
-    // The step of the first difference still has the same tokens before it.
-    let same = (matched + 1).min(of);
+    // The step of the first difference still has the same tokens before it; the steps behind it only where they were given.
+    let same = if got.given { of } else { (matched + 1).min(of) };
     let pairs = got.logits.iter().zip(want_logits).take(same);
     let comparison = compare(pairs.map(|(g, w)| (g.as_slice(), w.as_slice())));
-    let margin = (matched < of).then(|| margin(got, want_ids, want_logits, matched)).flatten();
-    let close = comparison.is_none_or(|c| c.max <= tolerance);
-    let tie = element == ElementType::F16 && margin.is_some_and(|m| m < tolerance);
+    let differ = |step: &usize| got.ids.get(*step) != want_ids.get(*step);
+    let margins = (matched..same).filter(differ).map(|step| margin(got, want_ids, want_logits, step));
+    // The widest; unknown where one is.
+    let margin = margins.reduce(|a, b| Some(a?.max(b?))).flatten();
+    let close = comparison.is_none_or(|c| allowed.admits(&c));
+    let half = matches!(element, ElementType::F16 | ElementType::BF16);
+    let tie = half && margin.is_some_and(|m| m < allowed.max);
     let (verdict, note) = match (matched == of, close, tie) {
         (_, false, _) => (Verdict::Fails, None),
         (true, true, _) => (Verdict::Holds, None),
@@ -156,7 +154,8 @@ fn judge_greedy(
         ),
     };
     let greedy = Some(Greedy { matched, of, margin });
-    Outcome { scenario: name.into(), against: against.into(), comparison, greedy, verdict, note }
+    let allowed = allowed.if_derived();
+    Outcome { scenario: name.into(), against: against.into(), comparison, allowed, greedy, verdict, note }
 }
 
 /// How much higher the reference puts its own token than the model's at a step, relative to the largest logit.
@@ -173,8 +172,32 @@ mod tests {
 
     fn judge(got: &[f32], want: &[f32], element: ElementType) -> Outcome {
         let id = |l: &[f32]| vec![i64::try_from(metrics::argmax(l)).unwrap()];
-        let continuation = Continuation { ids: id(got), logits: vec![got.to_vec()] };
-        judge_greedy("greedy", "golden", &continuation, &id(want), &[want.to_vec()], element, tolerance(element))
+        let continuation = Continuation { ids: id(got), logits: vec![got.to_vec()], given: false };
+        judge_greedy(
+            "greedy",
+            "golden",
+            &continuation,
+            &id(want),
+            &[want.to_vec()],
+            element,
+            Allowed::fixed(tolerance(element)),
+        )
+    }
+
+    #[test]
+    fn where_the_tokens_were_given_the_steps_behind_a_near_tie_are_compared() {
+        let want = [[1.0_f32, 0.9999], [1.0, 0.5]];
+        let follow = |second: [f32; 2], given: bool| {
+            let logits = vec![vec![0.9999, 1.0], second.to_vec()];
+            let ids = logits.iter().map(|l| i64::try_from(metrics::argmax(l)).unwrap()).collect();
+            let got = Continuation { ids, logits, given };
+            let allowed = Allowed::fixed(tolerance(ElementType::F16));
+            judge_greedy("greedy", "golden", &got, &[0, 0], &want.map(|w| w.to_vec()), ElementType::F16, allowed)
+        };
+        assert_eq!(follow([1.0, 0.5], true).verdict, Verdict::NearTie);
+        assert_eq!(follow([0.4, 0.5], true).verdict, Verdict::Fails);
+        let own = follow([0.4, 0.5], false);
+        assert_eq!((own.verdict, own.comparison.unwrap().positions), (Verdict::NearTie, 1));
     }
 
     #[test]

@@ -8,6 +8,7 @@ use serde::ser::SerializeStruct as _;
 
 use super::cost::Cost;
 use super::metrics::Comparison;
+use super::tolerance::Allowed;
 use crate::element::ElementType;
 
 /// What the model was compared with.
@@ -68,7 +69,8 @@ pub struct Greedy {
     pub matched: usize,
     /// Tokens that were compared.
     pub of: usize,
-    /// How far apart the two tokens' reference logits are at the first difference, relative to the largest logit.
+    /// How far apart two tokens that differ are in the reference's logits, relative to the largest logit: at the first
+    /// difference, or the widest where every step was compared.
     pub margin: Option<f64>,
 }
 
@@ -82,6 +84,9 @@ pub struct Outcome {
     /// The differences.
     #[serde(flatten)]
     pub comparison: Option<Comparison>,
+    /// What these differences may come to, where it is derived for this scenario.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub allowed: Option<Allowed>,
     /// The tokens, for a greedy continuation.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub greedy: Option<Greedy>,
@@ -139,7 +144,7 @@ pub struct Report {
     pub reference: Option<PathBuf>,
     /// What the model computes in.
     pub element: ElementType,
-    /// Largest difference allowed, relative to the largest logit.
+    /// Largest difference allowed, relative to the largest logit, where a scenario has no bar of its own.
     pub tolerance: f64,
     /// The scenarios.
     pub scenarios: Vec<Outcome>,
@@ -204,7 +209,7 @@ impl fmt::Display for Report {
         write!(f, "differences are relative to the largest reference logit; ")?;
         match &self.cost {
             Some(cost) => writeln!(f, "{} is allowed", cost.bar)?,
-            None => writeln!(f, "{:.0e} is allowed", self.tolerance)?,
+            None => self.write_allowed(f)?,
         }
         for outcome in &self.scenarios {
             if let Some(note) = &outcome.note {
@@ -236,7 +241,52 @@ impl fmt::Display for Report {
     }
 }
 
+impl Report {
+    /// What float builds may be off by: one number, or those that were derived, scenario by scenario.
+    fn write_allowed(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let derived: Vec<(&Outcome, Allowed)> = self.scenarios.iter().filter_map(|o| Some((o, o.allowed?))).collect();
+        let Some((_, first)) = derived.first() else { return writeln!(f, "{:.0e} is allowed", self.tolerance) };
+        writeln!(f, "allowed is {}:", first.basis.words(self.element))?;
+        let header = ["scenario", "max", "of", "error", "of", "median", "of", ""].map(str::to_owned);
+        let mut rows = vec![header.to_vec()];
+        rows.extend(derived.iter().map(|(outcome, allowed)| outcome.allowed_cells(allowed)));
+        write_table(f, &rows)?;
+        if self.scenarios.iter().any(Outcome::strays) {
+            let hint = "only single positions are off by more: a router of experts that chose others there does that";
+            writeln!(f, "{hint}")?;
+        }
+        Ok(())
+    }
+}
+
 impl Outcome {
+    /// With something more to say.
+    pub(super) fn with_note(self, more: Option<String>) -> Self {
+        let notes: Vec<String> = self.note.into_iter().chain(more).collect();
+        Self { note: (!notes.is_empty()).then(|| notes.join("; ")), ..self }
+    }
+
+    /// Beyond what is allowed, but not at most positions.
+    fn strays(&self) -> bool {
+        let typical = self.comparison.map(|c| c.typical).zip(self.allowed.and_then(|allowed| allowed.typical));
+        self.verdict == Verdict::Fails && typical.is_some_and(|(typical, most)| typical <= most)
+    }
+
+    fn allowed_cells(&self, allowed: &Allowed) -> Vec<String> {
+        let cell = |number: Option<f64>| number.map_or("-".into(), |number| format!("{number:.1e}"));
+        let own = |pick: fn(&Comparison) -> f64| cell(self.comparison.as_ref().map(pick));
+        vec![
+            self.scenario.clone(),
+            own(|c| c.max),
+            cell(Some(allowed.max)),
+            own(|c| c.error),
+            cell(allowed.error),
+            own(|c| c.typical),
+            cell(allowed.typical),
+            String::new(),
+        ]
+    }
+
     fn cells(&self) -> Vec<String> {
         let number =
             |pick: fn(&Comparison) -> f64| self.comparison.as_ref().map_or("-".into(), |c| format!("{:.1e}", pick(c)));
@@ -284,12 +334,14 @@ mod tests {
             kl_max: 3e-9,
             top1: 1.0,
             error: 0.0,
+            typical: 0.0,
             information: 4.0,
         };
         let outcome = |v: &Verdict| Outcome {
             scenario: "prefill".into(),
             against: "golden".into(),
             comparison: Some(comparison),
+            allowed: None,
             greedy: None,
             verdict: *v,
             note: None,

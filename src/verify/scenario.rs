@@ -1,7 +1,7 @@
 //! The scenarios: the ways in which a client may run a decoder, each of which has to give the same logits.
 
 use crate::error::Result;
-use crate::session::{Decoder, Floats, IntMatrix};
+use crate::session::{Decoder, Floats, IntMatrix, State};
 
 use super::metrics::{Comparison, Logits, argmax, compare};
 
@@ -249,6 +249,8 @@ pub struct Continuation {
     pub ids: Vec<i64>,
     /// The logits from which each was chosen.
     pub logits: Vec<Vec<f32>>,
+    /// The tokens before each step were given, not chosen: every step can be compared with another's.
+    pub given: bool,
 }
 
 /// Continues the first row greedily, through the cache or by running everything again for each token.
@@ -261,16 +263,36 @@ pub fn continue_greedily(decoder: &mut Decoder, prompt: &Prompt, count: usize, c
         if !cached {
             (state, from) = (decoder.empty_state(1)?, 0);
         }
-        let new = ids.get(from..).unwrap_or_default().to_vec();
-        let all = i64::try_from(ids.len()).unwrap_or(i64::MAX);
-        let first = all - i64::try_from(new.len()).unwrap_or(0);
-        let (mask, positions) = (IntMatrix::from_row(vec![1; ids.len()]), IntMatrix::from_row((first..all).collect()));
-        let last = decoder.run_last(&IntMatrix::from_row(new), &mask, &positions, &mut state)?;
+        let last = run_behind(decoder, &ids, from, &mut state)?;
         from = ids.len();
         ids.push(i64::try_from(argmax(&last)).unwrap_or(0));
         logits.push(last);
     }
-    Ok(Continuation { ids: ids.split_off(start), logits })
+    Ok(Continuation { ids: ids.split_off(start), logits, given: false })
+}
+
+/// The first row with given tokens behind it, through the cache: what the model would choose at each step, and its
+/// logits. Up to the first choice that is another, this is what it would write by itself.
+pub fn continue_along(decoder: &mut Decoder, prompt: &Prompt, given: &[i64]) -> Result<Continuation> {
+    let mut ids = prompt.row_alone(0).ids.data;
+    let (mut from, mut state) = (0, decoder.empty_state(1)?);
+    let mut logits = Vec::new();
+    for token in given {
+        logits.push(run_behind(decoder, &ids, from, &mut state)?);
+        from = ids.len();
+        ids.push(*token);
+    }
+    let chosen = logits.iter().map(|last| i64::try_from(argmax(last)).unwrap_or(0)).collect();
+    Ok(Continuation { ids: chosen, logits, given: true })
+}
+
+/// The last logits of a row whose first tokens, up to `from`, are in the state.
+fn run_behind(decoder: &mut Decoder, ids: &[i64], from: usize, state: &mut State) -> Result<Vec<f32>> {
+    let new = ids.get(from..).unwrap_or_default().to_vec();
+    let all = i64::try_from(ids.len()).unwrap_or(i64::MAX);
+    let first = all - i64::try_from(new.len()).unwrap_or(0);
+    let (mask, positions) = (IntMatrix::from_row(vec![1; ids.len()]), IntMatrix::from_row((first..all).collect()));
+    decoder.run_last(&IntMatrix::from_row(new), &mask, &positions, state)
 }
 
 /// The steps of `[1, steps, vocabulary]` as a list.
