@@ -57,6 +57,8 @@ pub enum Code {
     RuntimeMissing,
     /// onnxruntime refused a model or failed to run it.
     RuntimeFailed,
+    /// Nodes run on another provider than the one that was asked for, and that is forbidden.
+    NodesElsewhere,
     /// A golden file is missing or unreadable.
     GoldenInvalid,
     /// The model does not compute what the reference computes.
@@ -107,6 +109,7 @@ impl Code {
             Self::OutputExists => "output-exists",
             Self::RuntimeMissing => "runtime-missing",
             Self::RuntimeFailed => "runtime-failed",
+            Self::NodesElsewhere => "nodes-elsewhere",
             Self::GoldenInvalid => "golden-invalid",
             Self::VerificationFailed => "verification-failed",
             Self::TokenizerInvalid => "tokenizer-invalid",

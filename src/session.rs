@@ -1,20 +1,24 @@
 //! A decoder in onnxruntime: opened from a built directory, run step by step with its state kept as onnxruntime's own values.
 
+mod open;
+mod placement;
 mod probe;
 mod row;
+mod value;
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
-use ort::session::builder::SessionBuilder;
 use ort::session::{Session, SessionInputValue};
-use ort::value::{DynValue, Tensor, TensorElementType, ValueType};
-use prost::Message as _;
+use ort::value::{DynValue, ValueType};
 
 use crate::element::ElementType;
 use crate::error::{Code, Error, Result};
-use crate::onnx::{GraphProto, ModelProto, ValueInfoProto};
+use crate::runtime::Provider;
+use open::{environment, locate, not_opened, open_session, shares_buffers};
+use placement::Profile;
+use value::{element_of, last_positions, tensor, to_floats, zeros};
 
+pub use placement::{Operator, Placement};
 pub use probe::Probe;
 pub use row::{Mark, Row};
 
@@ -25,6 +29,12 @@ pub struct Options {
     pub threads: usize,
     /// Also returns the values named `hidden_states.{i}`.
     pub hidden_states: bool,
+    /// Where the model runs.
+    pub provider: Provider,
+    /// Options of the provider, by onnxruntime's names.
+    pub provider_options: Vec<(String, String)>,
+    /// Records where each node runs, for [`Decoder::placement`].
+    pub placement: bool,
 }
 
 /// A matrix of integers, row by row: token ids, a mask or positions.
@@ -131,6 +141,8 @@ pub struct Decoder {
     element: ElementType,
     shared: bool,
     vocabulary: Option<u32>,
+    provider: Provider,
+    profile: Option<Profile>,
 }
 
 const IDS: &str = "input_ids";
@@ -142,12 +154,11 @@ impl Decoder {
     /// Opens a built directory, or an ONNX file. [`crate::runtime::ensure`] has to come first.
     pub fn open(path: &Path, options: &Options) -> Result<Self> {
         let file = locate(path)?;
-        let environment = crate::runtime::loaded().ok_or_else(|| {
-            Error::new(Code::RuntimeMissing, "onnxruntime").found("no library was loaded").help("run `hf2onnx runtime`")
-        })?;
-        let session = open_session(environment, &file, options).map_err(|e| refused(&file, &e))?;
-        let shared = shares_buffers(path);
-        Ok(Self { shared, ..Self::inspect(session, file)? })
+        let profile = options.placement.then(Profile::new).transpose()?;
+        let session = open_session(environment()?, &file, options, profile.as_ref());
+        let session = session.map_err(|e| not_opened(&file, options, &e))?;
+        let (shared, provider) = (shares_buffers(path), options.provider);
+        Ok(Self { shared, provider, profile, ..Self::inspect(session, file)? })
     }
 
     fn inspect(session: Session, file: PathBuf) -> Result<Self> {
@@ -169,8 +180,8 @@ impl Decoder {
             }
             let slot = slot_of(input.name(), input.dtype(), &outputs)
                 .map_err(|found| unfit(found, "state inputs `past...` with outputs `present...`"))?;
-            if slot.element == ElementType::F16 {
-                element = ElementType::F16;
+            if matches!(slot.element, ElementType::F16 | ElementType::BF16) {
+                element = slot.element;
             }
             slots.push(slot);
         }
@@ -179,7 +190,21 @@ impl Decoder {
         hidden.sort();
         let vocabulary = logits.dtype().tensor_shape().and_then(|shape| u32::try_from(*shape.last()?).ok());
         let (has_mask, has_positions, logits) = (has(MASK), has(POSITIONS), logits.name().to_owned());
-        Ok(Self { session, file, slots, has_mask, has_positions, logits, hidden, element, shared: false, vocabulary })
+        let (shared, provider, profile) = (false, Provider::Cpu, None);
+        Ok(Self {
+            session,
+            file,
+            slots,
+            has_mask,
+            has_positions,
+            logits,
+            hidden,
+            element,
+            shared,
+            vocabulary,
+            provider,
+            profile,
+        })
     }
 
     /// The ONNX file.
@@ -190,6 +215,11 @@ impl Decoder {
     /// The state inputs.
     pub fn slots(&self) -> &[StateSlot] {
         &self.slots
+    }
+
+    /// Where it runs.
+    pub fn provider(&self) -> Provider {
+        self.provider
     }
 
     /// The narrowest float type among logits and caches: what the results can be as exact as.
@@ -237,7 +267,7 @@ impl Decoder {
     ) -> Result<Vec<f32>> {
         let file = self.file.clone();
         let (logits, _) = self.step(ids, mask, positions, state, false)?;
-        last_position(&logits).map_err(|e| refused(&file, &e))
+        last_positions(&logits).map_err(|e| refused(&file, &e))
     }
 
     /// One run: the logits, and the hidden states if they are wanted.
@@ -276,106 +306,8 @@ impl Decoder {
     }
 }
 
-fn open_session(environment: &ort::environment::Environment, file: &Path, options: &Options) -> ort::Result<Session> {
-    let mut builder = builder(environment, options)?;
-    if !options.hidden_states {
-        return builder.commit_from_file(file);
-    }
-    let bytes = fs::read(file).map_err(|e| ort::Error::new(e.to_string()))?;
-    let bytes = with_hidden_states(bytes).map_err(|e| ort::Error::new(e.to_string()))?;
-    from_bytes(builder, file, &bytes)
-}
-
-fn builder(environment: &ort::environment::Environment, options: &Options) -> ort::Result<SessionBuilder> {
-    let builder = Session::builder(environment)?;
-    if options.threads > 0 {
-        return Ok(builder.with_intra_threads(options.threads)?);
-    }
-    Ok(builder)
-}
-
-/// A session of a model made from a file, whose weights lie beside that file.
-fn from_bytes(builder: SessionBuilder, file: &Path, bytes: &[u8]) -> ort::Result<Session> {
-    let folder = file.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let folder = std::path::absolute(folder).map_err(|e| ort::Error::new(e.to_string()))?;
-    builder
-        .with_config_entry("session.model_external_initializers_file_folder_path", folder.to_string_lossy())?
-        .commit_from_memory(bytes)
-}
-
-/// Makes the values named `hidden_states.{i}` outputs of a model.
-///
-/// A protobuf message continues where its bytes end: appending a model whose graph has only outputs adds those
-/// outputs and leaves every other byte, known to [`crate::onnx`] or not, as it was.
-fn with_hidden_states(mut model: Vec<u8>) -> Result<Vec<u8>, prost::DecodeError> {
-    let graph = ModelProto::decode(model.as_slice())?.graph.unwrap_or_default();
-    let known: Vec<&str> = graph.output.iter().map(|o| o.name.as_str()).collect();
-    let values = graph.node.iter().flat_map(|n| &n.output);
-    let output: Vec<ValueInfoProto> = values
-        .filter(|name| name.strip_prefix(HIDDEN).is_some_and(|i| i.parse::<usize>().is_ok()))
-        .filter(|name| !known.contains(&name.as_str()))
-        .map(|name| ValueInfoProto { name: name.clone(), r#type: None })
-        .collect();
-    let more = ModelProto { graph: Some(GraphProto { output, ..Default::default() }), ..Default::default() };
-    model.extend(more.encode_to_vec());
-    Ok(model)
-}
-
-/// The ONNX file of a directory.
-fn locate(path: &Path) -> Result<PathBuf> {
-    if path.is_file() {
-        return Ok(path.to_path_buf());
-    }
-    let genai = path.join("genai_config.json");
-    if let Ok(text) = fs::read(&genai) {
-        let config: serde_json::Value = serde_json::from_slice(&text)
-            .map_err(|e| Error::new(Code::ConfigInvalid, genai.display()).found(e).expected("JSON"))?;
-        if let Some(name) = config.pointer("/model/decoder/filename").and_then(|v| v.as_str()) {
-            return existing(path.join(name));
-        }
-    }
-    let mut found: Vec<PathBuf> = [path.join("onnx"), path.to_path_buf()]
-        .iter()
-        .filter_map(|folder| fs::read_dir(folder).ok())
-        .flat_map(|entries| entries.flatten().map(|e| e.path()))
-        .filter(|p| p.extension().is_some_and(|x| x == "onnx"))
-        .filter(|p| p.file_name().and_then(|n| n.to_str()).is_some_and(|n| n.starts_with("model")))
-        .collect();
-    // `model.onnx` before `model_fp16.onnx`, and the `onnx` folder before the directory itself.
-    found.sort_by_key(|p| (p.components().count() == path.components().count() + 1, p.as_os_str().len(), p.clone()));
-    existing(found.into_iter().next().unwrap_or_else(|| path.join("onnx/model.onnx")))
-}
-
-/// True if `genai_config.json` says that past and present may be one buffer.
-fn shares_buffers(directory: &Path) -> bool {
-    let config = fs::read(directory.join("genai_config.json")).ok();
-    let config: Option<serde_json::Value> = config.and_then(|text| serde_json::from_slice(&text).ok());
-    let share = config.as_ref().and_then(|config| config.pointer("/search/past_present_share_buffer"));
-    share.and_then(serde_json::Value::as_bool).unwrap_or(false)
-}
-
-fn existing(file: PathBuf) -> Result<PathBuf> {
-    if file.is_file() {
-        return Ok(file);
-    }
-    Err(Error::new(Code::Io, file.display())
-        .found("no such file")
-        .expected("a directory that `hf2onnx build` wrote, or an ONNX file")
-        .help("check the path"))
-}
-
 fn refused(file: &Path, error: &ort::Error) -> Error {
     Error::new(Code::RuntimeFailed, file.display()).found(error)
-}
-
-fn element_of(value: &ValueType) -> Option<ElementType> {
-    Some(match value.tensor_type()? {
-        TensorElementType::Float32 => ElementType::F32,
-        TensorElementType::Float16 => ElementType::F16,
-        TensorElementType::Int64 => ElementType::I64,
-        TensorElementType::Int32 => ElementType::I32,
-        _ => return None,
-    })
 }
 
 /// The slot of a state input, or why it is none.
@@ -402,48 +334,10 @@ fn slot_of(name: &str, value: &ValueType, outputs: &[String]) -> Result<StateSlo
     Ok(StateSlot { past: name.to_owned(), present, element, shape })
 }
 
-fn tensor(matrix: &IntMatrix) -> ort::Result<Tensor<i64>> {
-    Tensor::from_array(([matrix.rows, matrix.columns], matrix.data.clone()))
-}
-
-fn zeros(element: ElementType, shape: Vec<usize>) -> ort::Result<DynValue> {
-    let count = shape.iter().product();
-    Ok(match element {
-        ElementType::F16 => Tensor::from_array((shape, vec![half::f16::ZERO; count]))?.into_dyn(),
-        ElementType::I64 => Tensor::from_array((shape, vec![0_i64; count]))?.into_dyn(),
-        ElementType::I32 => Tensor::from_array((shape, vec![0_i32; count]))?.into_dyn(),
-        _ => Tensor::from_array((shape, vec![0_f32; count]))?.into_dyn(),
-    })
-}
-
-fn to_floats(value: &DynValue) -> ort::Result<Floats> {
-    let sizes = |shape: &[i64]| shape.iter().map(|d| usize::try_from(*d).unwrap_or(0)).collect();
-    if value.dtype().tensor_type() == Some(TensorElementType::Float16) {
-        let (shape, data) = value.try_extract_tensor::<half::f16>()?;
-        return Ok(Floats { shape: sizes(shape), data: data.iter().map(|x| x.to_f32()).collect() });
-    }
-    let (shape, data) = value.try_extract_tensor::<f32>()?;
-    Ok(Floats { shape: sizes(shape), data: data.to_vec() })
-}
-
-/// The last vocabulary-sized piece of the logits.
-fn last_position(value: &DynValue) -> ort::Result<Vec<f32>> {
-    let from = |shape: &[i64], len: usize| {
-        let vocabulary = shape.last().and_then(|d| usize::try_from(*d).ok()).unwrap_or(0);
-        len.saturating_sub(vocabulary)
-    };
-    if value.dtype().tensor_type() == Some(TensorElementType::Float16) {
-        let (shape, data) = value.try_extract_tensor::<half::f16>()?;
-        return Ok(data.iter().skip(from(shape, data.len())).map(|x| x.to_f32()).collect());
-    }
-    let (shape, data) = value.try_extract_tensor::<f32>()?;
-    Ok(data.iter().skip(from(shape, data.len())).copied().collect())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ort::value::{Shape, SymbolicDimensions};
+    use ort::value::{Shape, SymbolicDimensions, TensorElementType};
 
     fn state(symbols: [&str; 4], sizes: [i64; 4]) -> ValueType {
         ValueType::Tensor {
@@ -464,21 +358,6 @@ mod tests {
         assert_eq!(slot_of("past_conv.0", &cache, &outputs).unwrap().present, "present_conv.0");
         assert!(slot_of("past_ssm.0", &cache, &outputs).unwrap_err().contains("past_ssm.0"));
         assert!(slot_of("token_type_ids", &cache, &outputs).unwrap_err().contains("unknown input"));
-    }
-
-    #[test]
-    fn hidden_states_are_added_as_outputs_and_other_bytes_stay() {
-        let node = crate::onnx::NodeProto { output: vec!["hidden_states.0".into(), "x".into()], ..Default::default() };
-        let graph = GraphProto { node: vec![node], name: "main".into(), ..Default::default() };
-        let mut bytes = ModelProto { ir_version: 8, graph: Some(graph), ..Default::default() }.encode_to_vec();
-        // Field 200, which this crate's messages do not know.
-        bytes.extend([0xc2, 0x0c, 0x01, 0x2a]);
-        let more = with_hidden_states(bytes.clone()).unwrap();
-        assert!(more.starts_with(&bytes));
-        let graph = ModelProto::decode(more.as_slice()).unwrap().graph.unwrap();
-        assert_eq!((graph.name.as_str(), graph.node.len()), ("main", 1));
-        assert_eq!(graph.output.iter().map(|o| o.name.as_str()).collect::<Vec<_>>(), ["hidden_states.0"]);
-        assert_eq!(with_hidden_states(more.clone()).unwrap().len() - more.len(), 2);
     }
 
     #[test]

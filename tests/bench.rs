@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 fn open(dir: &Path) -> TestResult<Decoder> {
     runtime()?;
-    Ok(Decoder::open(dir, &Options { threads: 1, hidden_states: false })?)
+    Ok(Decoder::open(dir, &Options { threads: 1, ..Options::default() })?)
 }
 
 fn likeliest(logits: &[f32]) -> i64 {

@@ -254,7 +254,7 @@ fn trained(target: &str, texts: &[serde_json::Value]) -> TestResult<Vec<String>>
 
 /// What is wrong with the continuations of the texts.
 fn continuations(model: &Path, texts: &[serde_json::Value]) -> TestResult<Vec<String>> {
-    let mut decoder = Decoder::open(model, &session::Options { threads: 1, hidden_states: false })?;
+    let mut decoder = Decoder::open(model, &session::Options { threads: 1, ..session::Options::default() })?;
     let tokenizer = Tokenizer::open(model)?;
     let mut complaints = Vec::new();
     for text in texts {

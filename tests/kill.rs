@@ -110,7 +110,7 @@ impl Place {
 
     fn loads(&self) -> TestResult {
         runtime()?;
-        Decoder::open(&self.output(), &Options { threads: 1, hidden_states: false })?;
+        Decoder::open(&self.output(), &Options { threads: 1, ..Options::default() })?;
         Ok(())
     }
 }

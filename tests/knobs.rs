@@ -153,10 +153,11 @@ impl Model {
         if let Err(refusal) = write(&self.options, description, place.path()) {
             return Ok(Err(refusal.to_string()));
         }
-        let mut decoder = match Decoder::open(place.path(), &session::Options { threads: 1, hidden_states: false }) {
-            Ok(decoder) => decoder,
-            Err(refusal) => return Ok(Err(refusal.to_string())),
-        };
+        let mut decoder =
+            match Decoder::open(place.path(), &session::Options { threads: 1, ..session::Options::default() }) {
+                Ok(decoder) => decoder,
+                Err(refusal) => return Ok(Err(refusal.to_string())),
+            };
         let [ids, mask, positions] = &self.prompt;
         let mut state = decoder.empty_state(1)?;
         let step = decoder.run(ids, mask, positions, &mut state);

@@ -92,7 +92,7 @@ fn what_is_no_number_is_the_worst_and_what_both_exclude_is_nothing() -> TestResu
 
 fn open(dir: &Path) -> TestResult<Decoder> {
     runtime()?;
-    Ok(Decoder::open(dir, &session::Options { threads: 1, hidden_states: true })?)
+    Ok(Decoder::open(dir, &session::Options { threads: 1, hidden_states: true, ..session::Options::default() })?)
 }
 
 /// The trained model, quantised by a recipe or as it is.

@@ -92,7 +92,7 @@ fn difference(name: &str, target: &str, (scheme, block, symmetric): (&str, usize
 }
 
 fn logits(model: &Path, [ids, mask, positions]: &[IntMatrix; 3]) -> TestResult<Vec<f32>> {
-    let mut decoder = Decoder::open(model, &session::Options { threads: 1, hidden_states: false })?;
+    let mut decoder = Decoder::open(model, &session::Options { threads: 1, ..session::Options::default() })?;
     let mut state = decoder.empty_state(1)?;
     Ok(decoder.run(ids, mask, positions, &mut state)?.logits.data)
 }

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use super::{Report, Spread};
+use crate::runtime::Provider;
 
 const LABEL: usize = 18;
 const CELL: usize = 28;
@@ -15,10 +16,15 @@ impl fmt::Display for Report {
         let cpu = machine.cpu.as_deref().unwrap_or(&machine.platform);
         let cores = machine.cores.map_or_else(String::new, |cores| format!(", {cores} cores"));
         let threads = self.threads.map_or_else(String::new, |threads| format!(", {threads} threads"));
-        writeln!(f, "onnxruntime {version} on {cpu}{cores}{threads}")?;
+        let provider = match self.provider {
+            Provider::Cpu => String::new(),
+            other => format!(", provider {}", other.as_str()),
+        };
+        writeln!(f, "onnxruntime {version} on {cpu}{cores}{threads}{provider}")?;
+        let batch = if self.batch == 1 { String::new() } else { format!("{} rows, ", self.batch) };
         writeln!(
             f,
-            "{} prompt tokens, {} new ones, {} rounds: median (smallest to largest)\n",
+            "{batch}{} prompt tokens, {} new ones, {} rounds: median (smallest to largest)\n",
             self.prompt_tokens, self.new_tokens, self.repeat
         )?;
         let mut head: Vec<String> = self.models.iter().map(|model| model.dir.display().to_string()).collect();
@@ -39,6 +45,10 @@ impl fmt::Display for Report {
         row("load ms", models.iter().map(|m| Some(m.load_seconds)).collect(), by.map(|r| r.load_seconds), 1e3, 1)?;
         let mib = 1.0 / f64::from(1 << 20);
         row("peak memory MiB", models.iter().map(|m| m.peak_bytes).collect(), by.and_then(|r| r.peak_bytes), mib, 1)?;
+        if models.iter().any(|m| m.peak_device_bytes.is_some()) {
+            let cells = models.iter().map(|m| m.peak_device_bytes).collect();
+            row("GPU memory MiB", cells, by.and_then(|r| r.peak_device_bytes), mib, 1)?;
+        }
         let pasts = models.first().map_or(&[] as &[_], |model| &model.points);
         for (index, point) in pasts.iter().enumerate() {
             row(&format!("past {}", point.past), Vec::new(), None, 1.0, 0)?;
@@ -55,7 +65,7 @@ impl fmt::Display for Report {
                 row(label, cells, by, scale, 1)?;
             }
         }
-        Ok(())
+        self.notes.iter().try_for_each(|note| writeln!(f, "note: {note}"))
     }
 }
 

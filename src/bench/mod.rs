@@ -1,9 +1,10 @@
-//! Speed and memory of built directories, as their users would meet them: default sessions, one row, no tokenizer.
+//! Speed and memory of built directories, as their users would meet them: default sessions, no tokenizer.
 //!
 //! Two directories are measured in turns within one run, because the speed of a machine drifts: the ratio of two
 //! neighbours says more than the quotient of two runs. Memory and load time are taken in processes of their own
 //! ([`alone`]), since sessions that share a process share its memory.
 
+mod device;
 mod display;
 mod machine;
 mod spread;
@@ -17,11 +18,13 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Code, Error, Result};
 use crate::generate::defaults::Defaults;
+use crate::runtime::Provider;
 use crate::session::{Decoder, Mark, Options, Row};
 
 pub use machine::Machine;
 pub use spread::Spread;
 
+use device::DeviceMemory;
 use machine::PeakMemory;
 
 /// Tokens that a cache is filled by at once.
@@ -40,10 +43,12 @@ pub struct Plan {
     pub repeat: usize,
     /// Tokens that are in the cache before the prompt; each is measured by itself.
     pub past: Vec<usize>,
-    /// Threads within an operator; 0 lets onnxruntime choose.
-    pub threads: usize,
+    /// Rows that are run together.
+    pub batch: usize,
     /// Keep past and present apart even where they may be one buffer.
     pub apart: bool,
+    /// How sessions are opened.
+    pub session: Options,
 }
 
 /// The figures of one directory, or of two.
@@ -53,6 +58,10 @@ pub struct Report {
     pub runtime: Option<String>,
     /// Where it ran.
     pub machine: Machine,
+    /// On which provider.
+    pub provider: Provider,
+    /// Rows that were run together.
+    pub batch: usize,
     /// Threads that were asked for; without it as many as onnxruntime chooses.
     pub threads: Option<usize>,
     /// Tokens of the prompt.
@@ -66,6 +75,8 @@ pub struct Report {
     /// The first directory's figures by the second one's, round by round.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ratio: Option<Ratio>,
+    /// What could not be measured.
+    pub notes: Vec<String>,
 }
 
 /// The figures of one directory.
@@ -79,6 +90,8 @@ pub struct Model {
     pub load_seconds: Spread,
     /// Most bytes of physical memory of a process that loads the model, runs the prompt and decodes.
     pub peak_bytes: Option<Spread>,
+    /// Most bytes of a GPU's memory that the same process takes; nothing on the processor, and where it is not known.
+    pub peak_device_bytes: Option<Spread>,
     /// Speed, for each number of tokens in the cache.
     pub points: Vec<Point>,
 }
@@ -90,9 +103,9 @@ pub struct Point {
     pub past: usize,
     /// Seconds from the prompt to the first new token.
     pub first_token_seconds: Spread,
-    /// Tokens of the prompt per second.
+    /// Tokens of the prompt per second, of all rows together.
     pub prefill_tokens_per_second: Spread,
-    /// Later tokens per second.
+    /// Later tokens per second, of all rows together.
     pub decode_tokens_per_second: Spread,
 }
 
@@ -103,17 +116,21 @@ pub struct Ratio {
     pub load_seconds: Spread,
     /// Of the most memory.
     pub peak_bytes: Option<Spread>,
+    /// Of the most memory of a GPU.
+    pub peak_device_bytes: Option<Spread>,
     /// Of the speeds.
     pub points: Vec<Point>,
 }
 
 /// What a process of its own finds out.
-#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Alone {
     /// Seconds until the session was open.
     pub load_seconds: f64,
     /// Most bytes of physical memory so far; nothing where the system does not say.
     pub peak_bytes: Option<u64>,
+    /// Most bytes of a GPU's memory, or why they are not known; nothing on the processor.
+    pub peak_device_bytes: Option<Result<u64, String>>,
 }
 
 /// Seconds of one round.
@@ -138,15 +155,16 @@ struct Loaded {
 /// # Errors
 /// As [`run`].
 pub fn alone(dir: &Path, plan: &Plan) -> Result<Alone> {
-    let watch = PeakMemory::watch();
+    let (watch, device) = (PeakMemory::watch(), DeviceMemory::watch(plan.session.provider));
     let start = Instant::now();
-    let decoder = Decoder::open(dir, &plan.session())?;
+    let decoder = Decoder::open(dir, &plan.session)?;
     let load_seconds = start.elapsed().as_secs_f64();
     let mut loaded = Loaded::new(decoder, dir, plan)?;
     let longest = plan.past.iter().copied().max().unwrap_or(0);
     let (mut row, mark) = loaded.filled(longest, plan)?;
     loaded.round(&mut row, &mark, plan, 0)?;
-    Ok(Alone { load_seconds, peak_bytes: watch.peak() })
+    let peak_device_bytes = device.map(|device| device.map(|watch| watch.peak()));
+    Ok(Alone { load_seconds, peak_bytes: watch.peak(), peak_device_bytes })
 }
 
 /// Measures directories in turns. `alone` measures one in a process of its own; onnxruntime has to be loaded.
@@ -178,7 +196,8 @@ pub fn run(
             dir: dir.clone(),
             shared_buffers: !plan.apart && loaded.decoder.shares_buffers(),
             load_seconds: Spread::of(processes.iter().map(|p| p.load_seconds)),
-            peak_bytes: peaks(processes).map(|peaks| Spread::of(peaks.into_iter())),
+            peak_bytes: peaks(processes, own_peak).map(|peaks| Spread::of(peaks.into_iter())),
+            peak_device_bytes: peaks(processes, device_peak).map(|peaks| Spread::of(peaks.into_iter())),
             points: points(plan, rounds),
         })
         .collect();
@@ -186,9 +205,13 @@ pub fn run(
         ([a, b], [x, y]) => Some(ratio(plan, (a, b), (x, y))),
         _ => None,
     };
-    let threads = (plan.threads > 0).then_some(plan.threads);
-    let Plan { prompt_tokens, new_tokens, repeat, .. } = *plan;
-    Ok(Report { runtime, machine: Machine::this(), threads, prompt_tokens, new_tokens, repeat, models, ratio })
+    let Plan { prompt_tokens, new_tokens, repeat, batch, .. } = *plan;
+    let Options { provider, threads, .. } = plan.session;
+    let threads = (threads > 0).then_some(threads);
+    let reasons = processes.iter().flatten().filter_map(|process| process.peak_device_bytes.as_ref()?.as_ref().err());
+    let notes = reasons.take(1).map(|reason| format!("the GPU's memory was not measured: {reason}")).collect();
+    let machine = Machine::this();
+    Ok(Report { runtime, machine, provider, batch, threads, prompt_tokens, new_tokens, repeat, models, ratio, notes })
 }
 
 /// The speeds of directories that share this process, measured in turns: for each the points of the plan's pasts.
@@ -206,7 +229,7 @@ pub fn speeds(dirs: &[PathBuf], plan: &Plan) -> Result<Vec<Vec<Point>>> {
 fn rounds(dirs: &[PathBuf], plan: &Plan) -> Result<(Vec<Loaded>, Vec<ByPast>)> {
     let mut loaded = Vec::new();
     for dir in dirs {
-        loaded.push(Loaded::new(Decoder::open(dir, &plan.session())?, dir, plan)?);
+        loaded.push(Loaded::new(Decoder::open(dir, &plan.session)?, dir, plan)?);
     }
     let mut rounds: Vec<ByPast> = vec![Vec::new(); dirs.len()];
     for past in &plan.past {
@@ -265,11 +288,11 @@ impl Loaded {
         (0..count).map(|_| random.random_range(0..end)).collect()
     }
 
-    /// A row with a number of tokens in its cache.
+    /// Rows with a number of tokens in their caches.
     fn filled(&mut self, past: usize, plan: &Plan) -> Result<(Row, Mark)> {
         let room = past.saturating_add(plan.prompt_tokens).saturating_add(plan.new_tokens);
-        let mut row = self.decoder.row(room, !plan.apart)?;
-        for chunk in self.tokens(past, usize::MAX).chunks(FILL) {
+        let mut row = self.decoder.rows(plan.batch, room, !plan.apart)?;
+        for chunk in self.tokens(past.saturating_mul(plan.batch), usize::MAX).chunks(FILL * plan.batch) {
             self.decoder.extend(&mut row, chunk)?;
         }
         let mark = row.mark();
@@ -279,37 +302,69 @@ impl Loaded {
     /// One prompt and its continuation.
     fn round(&mut self, row: &mut Row, mark: &Mark, plan: &Plan, seed: usize) -> Result<Round> {
         row.return_to(mark);
-        let tokens = self.tokens(plan.prompt_tokens.saturating_add(plan.new_tokens), seed);
-        let (prompt, new) = tokens.split_at_checked(plan.prompt_tokens).unwrap_or((&tokens, &[]));
+        let prompt = plan.prompt_tokens.saturating_mul(plan.batch);
+        let tokens = self.tokens(prompt.saturating_add(plan.new_tokens.saturating_mul(plan.batch)), seed);
+        let (prompt, new) = tokens.split_at_checked(prompt).unwrap_or((&tokens, &[]));
         let start = Instant::now();
         let logits = self.decoder.extend(row, prompt)?;
         let prefill = start.elapsed().as_secs_f64();
-        let mut likeliest = likeliest(&logits);
+        let mut likeliest = self.likeliest(&logits);
         let first = start.elapsed().as_secs_f64();
         let start = Instant::now();
-        for token in new {
+        for tokens in new.chunks(plan.batch) {
             // Choosing the token is part of every step, but the same ones are fed to every model.
-            likeliest ^= self::likeliest(&self.decoder.extend(row, &[*token])?);
+            let logits = self.decoder.extend(row, tokens)?;
+            likeliest ^= self.likeliest(&logits);
         }
         let decode = start.elapsed().as_secs_f64();
         std::hint::black_box(likeliest);
         Ok(Round { prefill, first, decode })
     }
+
+    /// The likeliest tokens of all rows, in one number.
+    fn likeliest(&self, logits: &[f32]) -> usize {
+        logits.chunks(self.vocabulary).map(likeliest).fold(0, |all, index| all ^ index)
+    }
 }
 
+/// The place of the largest logit, found in lanes: on a GPU a step takes as long as a plain search.
 fn likeliest(logits: &[f32]) -> usize {
-    logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).map_or(0, |(index, _)| index)
+    const LANES: usize = 16;
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let chunks = logits.chunks_exact(LANES);
+    let rest = chunks.remainder().iter().copied().fold(f32::NEG_INFINITY, larger);
+    for chunk in chunks {
+        for (lane, logit) in lanes.iter_mut().zip(chunk) {
+            *lane = larger(*lane, *logit);
+        }
+    }
+    let largest = lanes.into_iter().fold(rest, larger);
+    logits.iter().position(|logit| *logit >= largest).unwrap_or(0)
+}
+
+/// Bytes of memory that a process found out.
+type Peak = fn(&Alone) -> Option<u64>;
+
+fn own_peak(process: &Alone) -> Option<u64> {
+    process.peak_bytes
+}
+
+fn device_peak(process: &Alone) -> Option<u64> {
+    process.peak_device_bytes.as_ref()?.as_ref().ok().copied()
 }
 
 /// All peaks, or none if one is not known.
-fn peaks(processes: &[Alone]) -> Option<Vec<f64>> {
+fn peaks(processes: &[Alone], of: Peak) -> Option<Vec<f64>> {
     #[expect(clippy::cast_precision_loss, reason = "bytes of memory, for people")]
-    processes.iter().map(|process| process.peak_bytes.map(|bytes| bytes as f64)).collect()
+    processes.iter().map(|process| of(process).map(|bytes| bytes as f64)).collect()
 }
 
 /// The speeds of rounds.
 fn points(plan: &Plan, rounds: &[Vec<Round>]) -> Vec<Point> {
-    let of = |tokens: usize, seconds: f64| f64::from(u32::try_from(tokens).unwrap_or(u32::MAX)) / seconds;
+    let of = |tokens: usize, seconds: f64| {
+        f64::from(u32::try_from(tokens.saturating_mul(plan.batch)).unwrap_or(u32::MAX)) / seconds
+    };
     let point = |(past, rounds): (&usize, &Vec<Round>)| Point {
         past: *past,
         first_token_seconds: Spread::of(rounds.iter().map(|r| r.first)),
@@ -335,20 +390,21 @@ fn ratio(plan: &Plan, (a, b): (&[Alone], &[Alone]), (x, y): (&[Vec<Round>], &[Ve
     let loads = |processes: &[Alone]| processes.iter().map(|p| p.load_seconds).collect();
     Ratio {
         load_seconds: divide(loads(a), loads(b)),
-        peak_bytes: peaks(a).zip(peaks(b)).map(|(a, b)| divide(a, b)),
+        peak_bytes: peaks(a, own_peak).zip(peaks(b, own_peak)).map(|(a, b)| divide(a, b)),
+        peak_device_bytes: peaks(a, device_peak).zip(peaks(b, device_peak)).map(|(a, b)| divide(a, b)),
         points: plan.past.iter().zip(x.iter().zip(y)).map(point).collect(),
     }
 }
 
 impl Plan {
-    fn session(&self) -> Options {
-        Options { threads: self.threads, hidden_states: false }
-    }
-
     /// Refuses a plan that measures nothing, or more than a model can hold.
     fn check(&self, dirs: &[PathBuf]) -> Result<()> {
-        let counts =
-            [("--prompt-tokens", self.prompt_tokens), ("--new-tokens", self.new_tokens), ("--repeat", self.repeat)];
+        let counts = [
+            ("--prompt-tokens", self.prompt_tokens),
+            ("--new-tokens", self.new_tokens),
+            ("--repeat", self.repeat),
+            ("--batch", self.batch),
+        ];
         if let Some((name, _)) = counts.into_iter().find(|(_, count)| *count == 0) {
             return Err(Error::new(Code::UsageInvalid, name).found(0).expected("a number from 1 up"));
         }

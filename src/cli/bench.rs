@@ -5,14 +5,14 @@ use std::process::Command;
 
 use clap::Args;
 
-use super::{Output, RuntimeOption};
+use super::{Output, SessionOptions};
 use crate::bench::{Alone, Plan, alone, run};
 use crate::error::{Code, Error, Result};
 use crate::runtime::Library;
 
 /// Measure how fast a built directory runs, and what memory it takes.
 ///
-/// Random tokens, one row, sessions with default options. With --compare two directories are measured in turns.
+/// Random tokens, sessions with default options, speeds of all rows together. With --compare two directories are measured in turns.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  hf2onnx bench out/kjv\n  \
     hf2onnx bench out/kjv --compare out/kjv-f16 --past 0,512 --repeat 9")]
@@ -34,9 +34,9 @@ pub(super) struct Bench {
     /// Tokens in the cache before the prompt, each number measured by itself
     #[arg(long, value_name = "N,N", value_delimiter = ',', default_value = "0")]
     past: Vec<usize>,
-    /// Threads within an operator [default: as many as cores]
-    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
-    threads: usize,
+    /// Rows that are run together, each of them with such a prompt
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    batch: usize,
     /// Keep past and present apart even where they may be one buffer
     #[arg(long)]
     apart: bool,
@@ -44,20 +44,21 @@ pub(super) struct Bench {
     #[arg(long, hide = true)]
     one: bool,
     #[command(flatten)]
-    runtime: RuntimeOption,
+    session: SessionOptions,
 }
 
 impl Bench {
     /// Runs the command.
     pub(super) fn run(self, output: &mut Output) -> Result<()> {
-        let library = self.runtime.ensure(output)?;
+        let library = self.session.ensure(output)?;
         let plan = Plan {
             prompt_tokens: self.prompt_tokens,
             new_tokens: self.new_tokens,
             repeat: self.repeat,
             past: self.past.clone(),
-            threads: self.threads,
+            batch: self.batch,
             apart: self.apart,
+            session: self.session.session(),
         };
         if self.one {
             return output.value(&alone(&self.dir, &plan)?);
@@ -77,12 +78,12 @@ impl Bench {
         let program = std::env::current_exe().map_err(|e| Error::new(Code::Io, "this program").found(e))?;
         let past = self.past.iter().copied().max().unwrap_or(0);
         let mut command = Command::new(&program);
-        command.args(["bench", "--one", "--json"]).arg(dir).arg("--runtime").arg(&library.path);
+        command.args(["bench", "--one", "--json"]).arg(dir).args(self.session.arguments(library));
         let counts = [
             ("--prompt-tokens", self.prompt_tokens),
             ("--new-tokens", self.new_tokens),
             ("--past", past),
-            ("--threads", self.threads),
+            ("--batch", self.batch),
         ];
         for (name, count) in counts {
             command.arg(name).arg(count.to_string());

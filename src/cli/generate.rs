@@ -6,13 +6,13 @@ use std::path::PathBuf;
 use clap::Args;
 use serde_json::json;
 
-use super::{Output, RuntimeOption};
+use super::{Output, SessionOptions};
 use crate::error::{Code, Error, Result};
 use crate::generate::chat::ChatTemplate;
 use crate::generate::defaults::Defaults;
 use crate::generate::sampling::Sampling;
 use crate::generate::{Generated, Settings, generate};
-use crate::session::{Decoder, Options};
+use crate::session::Decoder;
 use crate::tokenizer::Tokenizer;
 
 /// New tokens when neither the user nor the model says how many.
@@ -49,11 +49,8 @@ pub(super) struct Generate {
     /// Where the random numbers start [default: another one each time]
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
-    /// Threads within an operator [default: as many as cores]
-    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
-    threads: usize,
     #[command(flatten)]
-    runtime: RuntimeOption,
+    session: SessionOptions,
 }
 
 fn at_least_zero(text: &str) -> Result<f32, String> {
@@ -76,8 +73,8 @@ impl Generate {
         let (text, prompt) = self.prompt_tokens(&tokenizer)?;
         let defaults = Defaults::read(&self.dir)?;
         let settings = self.settings(&defaults, prompt.len())?;
-        self.runtime.ensure(output)?;
-        let mut decoder = Decoder::open(&self.dir, &Options { threads: self.threads, hidden_states: false })?;
+        self.session.ensure(output)?;
+        let mut decoder = Decoder::open(&self.dir, &self.session.session())?;
         if !output.is_json() && !self.chat {
             output.piece(&text);
         }

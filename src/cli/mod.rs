@@ -8,6 +8,7 @@ mod diff;
 mod generate;
 mod inspect;
 mod output;
+mod provider;
 mod quant_report;
 mod quantization;
 mod repo;
@@ -17,15 +18,12 @@ mod templates;
 mod timings;
 mod verify;
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand};
-
-use crate::error::Result;
-use crate::runtime::{Library, Search};
+use clap::{Parser, Subcommand};
 
 pub use output::Output;
+use provider::{RuntimeOption, SessionOptions};
 use timings::Timings;
 
 /// Compiles Hugging Face language models to verified ONNX directories, without Python or torch.
@@ -95,26 +93,6 @@ fn listen(timings: Option<Timings>) {
     let words = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_filter(filter);
     let stages = timings.map(|timings| timings.with_filter(tracing_subscriber::filter::filter_fn(timings::is_stage)));
     tracing_subscriber::registry().with(words).with(stages).init();
-}
-
-/// The option of every command that runs a model.
-#[derive(Debug, Clone, Default, Args)]
-struct RuntimeOption {
-    /// onnxruntime's library, or a folder that holds it [default: searched, see `hf2onnx runtime`]
-    #[arg(long, value_name = "LIB")]
-    runtime: Option<PathBuf>,
-}
-
-impl RuntimeOption {
-    /// Where to look.
-    fn search(&self) -> Search {
-        Search { explicit: self.runtime.clone(), ..Search::default() }
-    }
-
-    /// Finds and loads onnxruntime, and installs it if there is none.
-    fn ensure(&self, output: &Output) -> Result<Library> {
-        crate::runtime::ensure(&self.search(), &mut |line| output.say(line))
-    }
 }
 
 #[cfg(test)]

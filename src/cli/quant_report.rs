@@ -18,6 +18,7 @@ use crate::opset::Target;
 use crate::quant_report::{Entry, Plan, Tokens, page, run};
 use crate::quantize;
 use crate::recipe::{Changes, Recipe};
+use crate::session;
 use crate::tokenizer::Tokenizer;
 use crate::verify::scenario::Prompt;
 use crate::verify::{WINDOW, Window, prompt_windows, text_windows};
@@ -133,8 +134,9 @@ impl QuantReport {
             new_tokens: self.new_tokens,
             repeat: self.repeat,
             past: vec![0],
-            threads: self.threads,
+            batch: 1,
             apart: false,
+            session: session::Options { threads: self.threads, ..session::Options::default() },
         }
     }
 

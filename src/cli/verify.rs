@@ -2,18 +2,20 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 
-use super::{Output, RuntimeOption};
+use super::{Output, SessionOptions};
 use crate::error::{Code, Error, Result};
 use crate::golden::Golden;
+use crate::runtime::Provider;
 use crate::verify::{Options, Report, against_golden, consistency};
 
 /// Run a built model in onnxruntime and compare it with its reference.
 ///
 /// With a golden, every scenario (prefill, both paddings, decoding through the cache, chunks, greedy tokens) is compared
 /// with what the reference computed. Without one, they are compared with the model's own full run. A quantised build is
-/// held to the bar of its scheme, and the report says what it lost: in divergence, in perplexity, and in which layers.
+/// held to the bar of its scheme, and the report says what it lost: in divergence, in perplexity, and in which layers. With
+/// a provider other than the processor, nodes that it does not run are listed by operator.
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  hf2onnx verify out/kjv --golden golden/kjv-llama/golden.safetensors\n\n\
     The exit code is 1 when it does not hold.")]
@@ -23,44 +25,52 @@ pub(super) struct Verify {
     /// What the reference computed: a safetensors file, or a directory with a golden.safetensors
     #[arg(long, value_name = "FILE")]
     golden: Option<PathBuf>,
-    /// Where onnxruntime runs the model
-    #[arg(long, value_enum, default_value_t = Provider::Cpu)]
-    provider: Provider,
     /// Also measure the perplexity over a text
     #[arg(long, value_name = "FILE")]
     text: Option<PathBuf>,
     /// A float build of the same model: what a quantised one is compared with on the text
     #[arg(long, value_name = "DIR")]
     reference: Option<PathBuf>,
-    /// Threads within an operator [default: as many as cores]
-    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
-    threads: usize,
+    /// Fail when a node runs on another provider than the one that was asked for, arithmetic on shapes apart
+    #[arg(long)]
+    strict_provider: bool,
     #[command(flatten)]
-    runtime: RuntimeOption,
-}
-
-/// An execution provider of onnxruntime.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Provider {
-    /// The processor.
-    Cpu,
+    session: SessionOptions,
 }
 
 impl Verify {
     /// Runs the command.
     pub(super) fn run(self, output: &mut Output) -> Result<()> {
-        let Provider::Cpu = self.provider;
         let golden = self.golden.as_deref().map(Golden::read).transpose()?;
-        self.runtime.ensure(output)?;
-        let options =
-            Options { threads: self.threads, text: self.text, reference: self.reference, ..Options::default() };
+        self.session.ensure(output)?;
+        let session = self.session.session();
+        let options = Options {
+            threads: session.threads,
+            placement: self.strict_provider || session.provider != Provider::Cpu,
+            provider: session.provider,
+            provider_options: session.provider_options,
+            text: self.text,
+            reference: self.reference,
+            ..Options::default()
+        };
         let report = match &golden {
             Some(golden) => against_golden(&self.dir, golden, &options)?,
             None => consistency(&self.dir, None, &options)?,
         };
         print_report(&report, output)?;
-        judge(&report)
+        judge(&report)?;
+        if self.strict_provider { check_placement(&report) } else { Ok(()) }
     }
+}
+
+/// An error when a node runs elsewhere, or when nobody knows.
+fn check_placement(report: &Report) -> Result<()> {
+    let placement = report.placement.as_ref().ok_or_else(|| {
+        Error::new(Code::NodesElsewhere, report.model.display())
+            .found(report.notes.join("; "))
+            .expected("a record of where each node runs")
+    })?;
+    placement.check(&report.model)
 }
 
 /// Prints a report as the user wants it.

@@ -140,7 +140,9 @@ pub fn run(
 
 /// What each build lost. The sessions are closed again: those whose speed is measured return no hidden states.
 fn losses(reference: &Entry, entries: &[Entry], tokens: &Tokens, plan: &Plan) -> Result<Vec<Loss>> {
-    let open = |entry: &Entry| Decoder::open(&entry.dir, &Options { threads: plan.threads, hidden_states: true });
+    let open = |entry: &Entry| {
+        Decoder::open(&entry.dir, &Options { threads: plan.threads, hidden_states: true, ..Options::default() })
+    };
     let mut models = entries.iter().map(open).collect::<Result<Vec<_>>>()?;
     compare_builds(&mut open(reference)?, &mut models, &tokens.windows)
 }

@@ -1,5 +1,6 @@
 //! Installing the pinned onnxruntime: pip downloads the wheel, the library is taken out of it and checked.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
@@ -10,7 +11,7 @@ use sha2::{Digest as _, Sha256};
 use zip::ZipArchive;
 
 use super::search::{PYTHONS, cached, is_library_name};
-use super::{Library, Origin, PINNED_VERSION};
+use super::{Library, Origin, PINNED_VERSION, Provider};
 use crate::error::{Code, Error, Result};
 
 /// The file beside an installed library that says what it is.
@@ -27,8 +28,8 @@ struct Installed {
 }
 
 /// Installs the pinned release below `cache` (the folder of hf2onnx), or returns it when it is there.
-pub fn install(cache: &Path, say: &mut dyn FnMut(&str)) -> Result<Library> {
-    let target = cached(cache);
+pub(super) fn install(cache: &Path, say: &mut dyn FnMut(&str)) -> Result<Library> {
+    let target = cached(cache, Provider::Cpu);
     if let Ok(library) = check_installed(cache) {
         return Ok(library);
     }
@@ -52,8 +53,8 @@ pub fn install(cache: &Path, say: &mut dyn FnMut(&str)) -> Result<Library> {
 }
 
 /// The installed library, after its hash was compared with what was recorded when it was installed.
-pub fn check_installed(cache: &Path) -> Result<Library> {
-    let folder = cached(cache);
+pub(super) fn check_installed(cache: &Path) -> Result<Library> {
+    let folder = cached(cache, Provider::Cpu);
     let record = folder.join(RECORD_FILE);
     let text = fs::read(&record).map_err(|e| Error::io(&record, &e))?;
     let corrupt = |found: &dyn std::fmt::Display| {
@@ -73,32 +74,45 @@ pub fn check_installed(cache: &Path) -> Result<Library> {
 
 /// Lets pip download the wheel into a folder.
 fn download(folder: &Path) -> Result<PathBuf> {
+    let arguments = ["download", "--no-deps", "--only-binary=:all:", "--dest"];
+    let wheel = format!("onnxruntime=={PINNED_VERSION}");
+    let rest = [folder.as_os_str(), wheel.as_ref()];
+    pip(&[&arguments.map(OsStr::new)[..], &rest].concat(), folder).map_err(|found| {
+        Error::new(Code::RuntimeMissing, format!("onnxruntime {PINNED_VERSION}"))
+            .found(found)
+            .expected("pip to download the wheel")
+            .help(
+                "install onnxruntime yourself (`pip install onnxruntime`), or name a library with --runtime or \
+                 ORT_DYLIB_PATH",
+            )
+    })?;
+    wheel_in(folder)
+}
+
+/// Runs pip in every way that there may be, until one succeeds; else what they said. What it needs meanwhile it puts
+/// into `work`.
+pub(super) fn pip(arguments: &[&OsStr], work: &Path) -> Result<(), String> {
     let mut said = Vec::new();
     // The second form asks for a wheel that some Python would take, where this machine's own has none.
     for extra in [&[][..], &["--python-version", "3.12"][..]] {
         for (program, start) in pips() {
             let run = Command::new(program)
                 .args(start)
-                .args(["download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--quiet"])
+                .args(arguments)
+                .args(["--disable-pip-version-check", "--quiet"])
                 .args(extra)
-                .arg("--dest")
-                .arg(folder)
-                .arg(format!("onnxruntime=={PINNED_VERSION}"))
+                .envs(["TMPDIR", "TEMP", "TMP"].map(|name| (name, work)))
                 .stdin(Stdio::null())
                 .output();
             match run {
-                Ok(out) if out.status.success() => return wheel_in(folder),
+                Ok(out) if out.status.success() => return Ok(()),
                 Ok(out) => said.push(last_line(&format!("{program} {}", start.join(" ")), &out.stderr)),
                 Err(error) => tracing::debug!("{program}: {error}"),
             }
         }
     }
     said.dedup();
-    let found = if said.is_empty() { "no Python with pip on the path".to_owned() } else { said.join("; ") };
-    Err(Error::new(Code::RuntimeMissing, format!("onnxruntime {PINNED_VERSION}"))
-        .found(found)
-        .expected("pip to download the wheel")
-        .help("install onnxruntime yourself (`pip install onnxruntime`), or name a library with --runtime or ORT_DYLIB_PATH"))
+    Err(if said.is_empty() { "no Python with pip on the path".to_owned() } else { said.join("; ") })
 }
 
 /// Every way in which pip may be called.
@@ -174,8 +188,13 @@ fn check_against_list(list: &str, name: &str, bytes: &[u8]) -> Result<(), String
     if size.trim().parse() != Ok(bytes.len()) {
         return Err(format!("{name} has {} bytes, RECORD says {}", bytes.len(), size.trim()));
     }
-    let computed = format!("sha256={}", base64url(&Sha256::digest(bytes)));
+    let computed = recorded_hash(&Sha256::digest(bytes));
     if hash == computed { Ok(()) } else { Err(format!("{name} has {computed}, RECORD says {hash}")) }
+}
+
+/// A hash as RECORD has it.
+pub(super) fn recorded_hash(sha256: &[u8]) -> String {
+    format!("sha256={}", base64url(sha256))
 }
 
 /// Base64 with the URL alphabet and no padding, as RECORD has it.
@@ -240,7 +259,7 @@ mod tests {
     fn a_wheel_is_unpacked_only_when_its_library_has_the_listed_hash() {
         let cache = tempfile::tempdir().unwrap();
         let good = wheel(cache.path(), b"library", b"library");
-        unpack(&good, &cached(cache.path())).unwrap();
+        unpack(&good, &cached(cache.path(), Provider::Cpu)).unwrap();
         let library = check_installed(cache.path()).unwrap();
         assert_eq!(fs::read(&library.path).unwrap(), b"library");
 

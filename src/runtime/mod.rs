@@ -1,9 +1,15 @@
 //! onnxruntime's shared library: where it is looked for, how it is installed, and the one environment that uses it.
 //!
 //! The library is loaded at run time, so the program builds and starts without one. [`ensure`] is what everything that
-//! runs a model calls: it takes the first library that loads, and installs the pinned one when there is none.
+//! runs a model calls: it takes the first library that loads, and installs the pinned one when there is none. For a GPU
+//! it takes the first one that has the CUDA provider beside it, and what that provider needs is found and loaded before;
+//! nothing is installed unasked then, because CUDA's libraries take gigabytes.
 
+mod cuda;
+mod driver;
 mod install;
+mod install_cuda;
+mod provider;
 mod search;
 
 use std::path::{Path, PathBuf};
@@ -14,10 +20,13 @@ use serde::Serialize;
 
 use crate::error::{Code, Error, Result};
 
-pub use install::{check_installed, install};
+pub use cuda::{Cuda, CudaLibrary, CudaSearch, check as check_cuda};
+pub(crate) use driver::query as query_gpus;
+pub use driver::{Driver, Gpu};
+pub use provider::{Pinned, Provider};
 pub use search::{Findings, Place, Search, State};
 
-/// The release that [`install`] fetches.
+/// The release that [`install`] fetches for the processor.
 pub const PINNED_VERSION: &str = "1.32.0";
 
 /// The oldest release (1.x) whose interface this program can use.
@@ -66,9 +75,11 @@ pub struct Library {
 /// The first library of the search that loads; when there is none, the pinned one is installed first.
 ///
 /// `say` receives one line for everything that a user should know about: a library passed over, an installation.
+///
+/// # Errors
+/// No library that can be used; for a GPU also no driver, or a library of CUDA that is nowhere.
 pub fn ensure(search: &Search, say: &mut dyn FnMut(&str)) -> Result<Library> {
     let found = search.run();
-    let only_flag = search.explicit.is_some();
     let mut refused = Vec::new();
     for place in &found.places {
         if let State::Skipped { reason } = &place.state {
@@ -80,7 +91,10 @@ pub fn ensure(search: &Search, say: &mut dyn FnMut(&str)) -> Result<Library> {
         }
         let Some(library) = place.library() else { continue };
         match environment(&library.path) {
-            Ok(_) => return Ok(library),
+            Ok(_) => {
+                prepare(search, &library)?;
+                return Ok(library);
+            }
             Err(error) => {
                 let line = format!("passed over {}: {}", library.path.display(), error.found);
                 say(&line);
@@ -88,14 +102,68 @@ pub fn ensure(search: &Search, say: &mut dyn FnMut(&str)) -> Result<Library> {
             }
         }
     }
-    if only_flag {
-        return Err(Error::new(Code::RuntimeMissing, "the library named by --runtime")
-            .found(refused.join("; "))
-            .help("name a libonnxruntime file of release 1.22 or later, or leave the option out"));
+    if search.explicit.is_some() {
+        let help = match search.provider {
+            Provider::Cpu => "name a libonnxruntime file of release 1.22 or later, or leave the option out",
+            Provider::Cuda => "run `hf2onnx runtime install --provider cuda` and leave the option out",
+        };
+        let error = Error::new(Code::RuntimeMissing, "the library named by --runtime").found(refused.join("; "));
+        return Err(error.help(help));
     }
-    let library = install(&search.cache, say)?;
+    if search.provider == Provider::Cuda {
+        return Err(no_gpu_library(&refused));
+    }
+    let library = install(search.provider, &search.cache, say)?;
     environment(&library.path)?;
     Ok(library)
+}
+
+/// Loads what the search's provider needs besides onnxruntime's own library.
+///
+/// # Errors
+/// No driver, or a library of CUDA that is nowhere or does not load.
+pub fn prepare(search: &Search, library: &Library) -> Result<()> {
+    match search.provider {
+        Provider::Cpu => Ok(()),
+        Provider::Cuda => cuda::prepare(library, &search.cache),
+    }
+}
+
+/// Installs the pinned release of a provider below `cache` (the folder of hf2onnx), or returns it when it is there.
+///
+/// # Errors
+/// No pip, no network, no room, or a download that is damaged.
+pub fn install(provider: Provider, cache: &Path, say: &mut dyn FnMut(&str)) -> Result<Library> {
+    match provider {
+        Provider::Cpu => install::install(cache, say),
+        Provider::Cuda => install_cuda::install(cache, say),
+    }
+}
+
+/// The installed release of a provider; nothing where there is none.
+///
+/// # Errors
+/// It is damaged: for the processor its hash is compared with what was recorded, for a GPU the sizes of its files.
+pub fn check_installed(provider: Provider, cache: &Path) -> Result<Option<Library>> {
+    if !cache.join(provider.pinned().folder()).exists() {
+        return Ok(None);
+    }
+    match provider {
+        Provider::Cpu => install::check_installed(cache).map(Some),
+        Provider::Cuda => install_cuda::check_installed(cache).map(Some),
+    }
+}
+
+fn no_gpu_library(refused: &[String]) -> Error {
+    let found =
+        if refused.is_empty() { "no onnxruntime with the CUDA provider".to_owned() } else { refused.join("; ") };
+    Error::new(Code::RuntimeMissing, "the CUDA provider")
+        .found(found)
+        .expected("the library of onnxruntime-gpu, with its provider beside it")
+        .help(
+            "run `hf2onnx runtime install --provider cuda` (2 GB to download), or name a library with --runtime or \
+               ORT_DYLIB_PATH",
+        )
 }
 
 static ENVIRONMENT: OnceLock<(PathBuf, Environment)> = OnceLock::new();
@@ -150,5 +218,16 @@ mod tests {
         let error = ensure(&search, &mut |_| {}).unwrap_err();
         assert_eq!(error.code, Code::RuntimeMissing);
         assert!(error.found.contains("/nowhere/libonnxruntime.so"), "{error}");
+    }
+
+    #[test]
+    fn no_library_for_a_gpu_is_an_error_with_the_next_step_and_nothing_is_installed() {
+        let root = tempfile::tempdir().unwrap();
+        let (python, system) = (Some(Vec::new()), Vec::new());
+        let cache = root.path().to_path_buf();
+        let search = Search { provider: Provider::Cuda, variable: None, cache, python, system, explicit: None };
+        let error = ensure(&search, &mut |_| {}).unwrap_err();
+        assert!(error.help.contains("runtime install --provider cuda"), "{error}");
+        assert_eq!(std::fs::read_dir(root.path()).unwrap().count(), 0);
     }
 }

@@ -7,16 +7,18 @@ use std::process::{Command, Stdio};
 
 use serde::Serialize;
 
-use super::{Library, OLDEST_MINOR, Origin, PINNED_VERSION};
+use super::{Library, OLDEST_MINOR, Origin, Provider};
 
 /// What [`Search::run`] looks at. The default asks the machine; tests fill the fields in.
 #[derive(Debug, Clone)]
 pub struct Search {
+    /// The provider that the library has to have.
+    pub provider: Provider,
     /// A library, or a folder that holds one, named by the user. When set, nothing else is looked at.
     pub explicit: Option<PathBuf>,
     /// The value of `ORT_DYLIB_PATH`.
     pub variable: Option<OsString>,
-    /// The folder that holds `onnxruntime-<version>`.
+    /// The folder that holds `onnxruntime-<version>` and `onnxruntime-gpu-<version>`.
     pub cache: PathBuf,
     /// `capi` folders of Python's onnxruntime packages; `None` asks the Pythons on the path.
     pub python: Option<Vec<PathBuf>>,
@@ -27,6 +29,7 @@ pub struct Search {
 impl Default for Search {
     fn default() -> Self {
         Self {
+            provider: Provider::Cpu,
             explicit: None,
             variable: std::env::var_os("ORT_DYLIB_PATH").filter(|v| !v.is_empty()),
             cache: cache_folder(),
@@ -101,17 +104,30 @@ impl Search {
     /// Looks at every place, without loading anything.
     pub fn run(&self) -> Findings {
         if let Some(path) = &self.explicit {
-            return Findings { places: vec![examine(Origin::Flag, path)] };
+            return Findings { places: vec![self.examine(Origin::Flag, path)] };
         }
         let mut places = Vec::new();
         match &self.variable {
-            Some(value) => places.push(examine(Origin::Variable, Path::new(value))),
+            Some(value) => places.push(self.examine(Origin::Variable, Path::new(value))),
             None => places.push(Place { origin: Origin::Variable, path: None, state: State::Absent }),
         }
-        places.push(examine(Origin::Cache, &cached(&self.cache)));
+        places.push(self.examine(Origin::Cache, &cached(&self.cache, self.provider)));
         places.extend(self.examine_all(Origin::Python));
         places.extend(self.examine_all(Origin::System));
         Findings { places }
+    }
+
+    /// A place, whose library is passed over when the provider's is not beside it.
+    fn examine(&self, origin: Origin, path: &Path) -> Place {
+        let mut place = examine(origin, path);
+        let folder = place.library().and_then(|library| Some(library.path.parent()?.to_path_buf()));
+        if let (Some(name), Some(folder)) = (self.provider.library(), folder)
+            && !folder.join(name).is_file()
+        {
+            let reason = format!("no {} provider: {name} is not beside it", self.provider.as_str().to_uppercase());
+            place.state = State::Skipped { reason };
+        }
+        place
     }
 
     /// The folders of Python or of the system; one absent place stands for all of them when none has a library.
@@ -122,7 +138,7 @@ impl Search {
             _ => self.system.clone(),
         };
         let mut found: Vec<Place> = Vec::new();
-        for place in folders.iter().map(|folder| examine(origin, folder)) {
+        for place in folders.iter().map(|folder| self.examine(origin, folder)) {
             if place.state != State::Absent && !found.contains(&place) {
                 found.push(place);
             }
@@ -139,9 +155,14 @@ pub(super) fn cache_folder() -> PathBuf {
     dirs::cache_dir().unwrap_or_else(std::env::temp_dir).join("hf2onnx")
 }
 
-/// Where the pinned release lies below a cache folder.
-pub(super) fn cached(cache: &Path) -> PathBuf {
-    cache.join(format!("onnxruntime-{PINNED_VERSION}"))
+/// Where a provider's pinned release lies below a cache folder.
+pub(super) fn cached(cache: &Path, provider: Provider) -> PathBuf {
+    let folder = cache.join(provider.pinned().folder());
+    match provider {
+        Provider::Cpu => folder,
+        // As pip lays the packages out.
+        Provider::Cuda => folder.join("onnxruntime").join("capi"),
+    }
 }
 
 /// True for the names that onnxruntime's library has on some system: `libonnxruntime.so[.X]`, `libonnxruntime[.X].dylib`,
@@ -239,18 +260,24 @@ fn minor(version: &str) -> Option<u32> {
 /// The programs that may be Python.
 pub(super) const PYTHONS: &[&str] = &["python3", "python", "py"];
 
-/// The `capi` folder of every Python on the path that has onnxruntime. The package is located, not imported.
+/// The `capi` folder of every Python on the path that has onnxruntime.
 fn python_folders() -> Vec<PathBuf> {
-    let script = "import importlib.util as u; s = u.find_spec('onnxruntime'); \
-                  print(*(s.submodule_search_locations if s else ()), sep='\\n')";
+    ask_pythons("onnxruntime").iter().map(|folder| folder.join("capi")).collect()
+}
+
+/// The folders of a package in every Python on the path. The package is located, not imported.
+pub(super) fn ask_pythons(package: &str) -> Vec<PathBuf> {
+    let script = format!(
+        "import importlib.util as u; s = u.find_spec('{package}'); \
+         print(*(s.submodule_search_locations if s else ()), sep='\\n')"
+    );
     let ask = |python: &&str| {
-        let out = Command::new(python).args(["-c", script]).stdin(Stdio::null()).stderr(Stdio::null()).output();
+        let out = Command::new(python).args(["-c", &script]).stdin(Stdio::null()).stderr(Stdio::null()).output();
         out.ok().filter(|o| o.status.success()).map(|o| String::from_utf8_lossy(&o.stdout).into_owned())
     };
     let mut folders: Vec<PathBuf> = Vec::new();
     for text in PYTHONS.iter().filter_map(ask) {
-        for line in text.lines().map(str::trim).filter(|l| !l.is_empty()) {
-            let folder = Path::new(line).join("capi");
+        for folder in text.lines().map(str::trim).filter(|l| !l.is_empty()).map(PathBuf::from) {
             if !folders.contains(&folder) {
                 folders.push(folder);
             }
@@ -260,7 +287,7 @@ fn python_folders() -> Vec<PathBuf> {
 }
 
 /// The folders in which the system's loader looks, as far as they can be known.
-fn system_folders() -> Vec<PathBuf> {
+pub(super) fn system_folders() -> Vec<PathBuf> {
     let (variable, fixed): (&str, &[&str]) = if cfg!(windows) {
         ("PATH", &[])
     } else if cfg!(target_os = "macos") {
@@ -289,6 +316,7 @@ mod tests {
     /// A search over a temporary folder with nothing in it.
     fn empty(root: &Path) -> Search {
         Search {
+            provider: Provider::Cpu,
             explicit: None,
             variable: None,
             cache: root.join("cache"),
@@ -308,7 +336,7 @@ mod tests {
         assert_eq!(origin(&search), Origin::System);
         touch(&root.path().join("site-packages/onnxruntime/capi/libonnxruntime.so.1.31.0"));
         assert_eq!(origin(&search), Origin::Python);
-        touch(&root.path().join(format!("cache/onnxruntime-{PINNED_VERSION}/libonnxruntime.so.{PINNED_VERSION}")));
+        touch(&cached(&search.cache, Provider::Cpu).join("libonnxruntime.so.1.32.0"));
         assert_eq!(origin(&search), Origin::Cache);
         let own = root.path().join("own/libonnxruntime.so");
         touch(&own);
@@ -317,6 +345,24 @@ mod tests {
         search.explicit = Some(own.parent().unwrap().to_path_buf());
         let library = search.run().library().unwrap();
         assert_eq!((library.origin, library.path), (Origin::Flag, own));
+    }
+
+    #[test]
+    fn for_a_gpu_the_provider_has_to_be_beside_the_library() {
+        let root = tempfile::tempdir().unwrap();
+        let mut search = Search { provider: Provider::Cuda, ..empty(root.path()) };
+        search.explicit = Some(root.path().join("lib/libonnxruntime.so.1.31.1"));
+        touch(search.explicit.as_ref().unwrap());
+        let place = search.run().places.remove(0);
+        let State::Skipped { reason } = place.state else { panic!("{place:?}") };
+        assert!(reason.starts_with("no CUDA provider") && reason.contains("not beside it"), "{reason}");
+        touch(&root.path().join("lib").join(Provider::Cuda.library().unwrap()));
+        assert!(search.run().library().is_some());
+        search.explicit = None;
+        let capi = cached(&search.cache, Provider::Cuda);
+        touch(&capi.join("libonnxruntime.so.1.31.1"));
+        touch(&capi.join(Provider::Cuda.library().unwrap()));
+        assert_eq!(search.run().library().unwrap().origin, Origin::Cache);
     }
 
     #[test]

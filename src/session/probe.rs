@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use ort::session::{Session, SessionInputValue};
 use prost::Message as _;
 
-use super::{IDS, IntMatrix, MASK, Options, POSITIONS, StateSlot, from_bytes, locate, refused, slot_of, tensor, zeros};
+use super::open::{builder, environment, from_bytes, locate, not_opened};
+use super::{IDS, IntMatrix, MASK, Options, POSITIONS, StateSlot, refused, slot_of, tensor, zeros};
 use crate::error::{Code, Error, Result};
 use crate::onnx::{GraphProto, ModelProto, ValueInfoProto};
 
@@ -27,9 +28,6 @@ impl Probe {
     /// There is no onnxruntime, or it can not compute these values.
     pub fn open(path: &Path, options: &Options, names: &[String]) -> Result<Self> {
         let file = locate(path)?;
-        let environment = crate::runtime::loaded().ok_or_else(|| {
-            Error::new(Code::RuntimeMissing, "onnxruntime").found("no library was loaded").help("run `hf2onnx runtime`")
-        })?;
         let bytes = fs::read(&file).map_err(|e| Error::io(&file, &e))?;
         let mut model = ModelProto::decode(bytes.as_slice())
             .map_err(|e| Error::new(Code::RuntimeFailed, file.display()).found(e).expected("an ONNX model"))?;
@@ -37,8 +35,8 @@ impl Probe {
         let presents: Vec<String> = graph.output.iter().map(|output| output.name.clone()).collect();
         keep_only(graph, names);
         let bytes = model.encode_to_vec();
-        let builder = super::builder(environment, options);
-        let session = builder.and_then(|builder| from_bytes(builder, &file, &bytes)).map_err(|e| refused(&file, &e))?;
+        let session = builder(environment()?, options, None).and_then(|builder| from_bytes(builder, &file, &bytes));
+        let session = session.map_err(|e| not_opened(&file, options, &e))?;
         let mut slots = Vec::new();
         for input in session.inputs().iter().filter(|input| !matches!(input.name(), IDS | MASK | POSITIONS)) {
             let slot = slot_of(input.name(), input.dtype(), &presents);
@@ -64,7 +62,7 @@ impl Probe {
             }
         }
         for slot in &self.slots {
-            let shape = slot.shape.iter().map(|dim| super::row::size(*dim, 0)).collect();
+            let shape = slot.shape.iter().map(|dim| super::row::size(*dim, 1, 0)).collect();
             feed.push((slot.past.as_str(), zeros(slot.element, shape).map_err(failed)?.into()));
         }
         let outputs = self.session.run(feed).map_err(failed)?;

@@ -1,4 +1,4 @@
-//! One row, continued token by token without a copy of its caches.
+//! Rows of one length, continued token by token without a copy of their caches, which lie where the model runs.
 //!
 //! Where a graph updates its caches in place, past and present are one buffer: onnxruntime then writes only what is new.
 //! Everywhere else the present of one run is handed to the next as its past. [`Decoder::run`] stays as it is: it keeps
@@ -8,20 +8,23 @@ use std::rc::Rc;
 
 use ort::memory::{AllocationDevice, Allocator, AllocatorType, MemoryInfo, MemoryType};
 use ort::session::IoBinding;
-use ort::value::{DynTensor, DynValue, PrimitiveTensorElementType, TensorElementType};
+use ort::value::{DynTensor, DynValue, PrimitiveTensorElementType};
 
-use super::{Decoder, Dim, IDS, IntMatrix, MASK, POSITIONS, StateSlot, last_position, refused, tensor};
+use super::value::element_type;
+use super::{Decoder, Dim, IDS, IntMatrix, MASK, POSITIONS, StateSlot, last_positions, refused, tensor};
 use crate::element::ElementType;
 use crate::error::{Code, Error, Result};
+use crate::runtime::Provider;
 
 /// The fewest tokens that shared buffers grow by.
 const GROWTH: usize = 256;
 
-/// The caches of one row without padding, and how many tokens they hold.
+/// The caches of a row without padding, or of some of one length, and how many tokens each holds.
 #[derive(Debug)]
 pub struct Row {
     cache: Cache,
     length: usize,
+    count: usize,
 }
 
 #[derive(Debug)]
@@ -41,7 +44,7 @@ pub struct Mark {
 }
 
 impl Row {
-    /// Tokens so far.
+    /// Tokens so far, of each row.
     pub fn length(&self) -> usize {
         self.length
     }
@@ -68,8 +71,11 @@ impl Decoder {
     /// True if past and present may be one buffer: the directory says so, and each state is a cache that grows.
     pub fn shares_buffers(&self) -> bool {
         let grows = |slot: &StateSlot| slot.shape.iter().filter(|dim| **dim == Dim::Length).count() == 1;
-        let is_float = |slot: &StateSlot| matches!(slot.element, ElementType::F32 | ElementType::F16);
-        self.shared && !self.slots.is_empty() && self.slots.iter().all(|slot| grows(slot) && is_float(slot))
+        let known = |slot: &StateSlot| {
+            use ElementType::{BF16, F16, F32, I8, U8};
+            matches!(slot.element, F32 | F16 | BF16 | I8 | U8)
+        };
+        self.shared && !self.slots.is_empty() && self.slots.iter().all(|slot| grows(slot) && known(slot))
     }
 
     /// An empty row with room for some tokens; it grows when it has to. `shared` false keeps past and present apart
@@ -78,21 +84,34 @@ impl Decoder {
     /// # Errors
     /// onnxruntime has no memory for the caches.
     pub fn row(&self, room: usize, shared: bool) -> Result<Row> {
-        let cache = if shared && self.shares_buffers() {
-            Cache::Shared(self.buffers(room)?, room)
-        } else {
-            Cache::Handed(self.empty_state(1)?.values.into_iter().map(Rc::new).collect())
-        };
-        Ok(Row { cache, length: 0 })
+        self.rows(1, room, shared)
     }
 
-    /// Appends tokens to a row and returns the last one's logits.
+    /// As [`Self::row`] for several rows, which are continued together.
     ///
     /// # Errors
-    /// onnxruntime fails, or the user asked for an end.
+    /// onnxruntime has no memory for the caches.
+    pub fn rows(&self, count: usize, room: usize, shared: bool) -> Result<Row> {
+        let cache = if shared && self.shares_buffers() {
+            Cache::Shared(self.buffers(count, room)?, room)
+        } else {
+            Cache::Handed(self.empty_state(count)?.values.into_iter().map(Rc::new).collect())
+        };
+        Ok(Row { cache, length: 0, count })
+    }
+
+    /// Appends tokens, `[rows, tokens]`, and returns the last one's logits, `[rows, vocabulary]`.
+    ///
+    /// # Errors
+    /// onnxruntime fails, the rows get different numbers of tokens, or the user asked for an end.
     pub fn extend(&mut self, row: &mut Row, ids: &[i64]) -> Result<Vec<f32>> {
         crate::interrupt::check()?;
-        let total = row.length.saturating_add(ids.len());
+        if ids.is_empty() || !ids.len().is_multiple_of(row.count) {
+            return Err(Error::new(Code::RuntimeFailed, self.file.display())
+                .found(format!("{} tokens for {} rows", ids.len(), row.count))
+                .expected("as many tokens for each row, one at least"));
+        }
+        let total = row.length.saturating_add(ids.len() / row.count);
         self.make_room(row, total)?;
         let file = self.file.clone();
         let failed = |e: ort::Error| refused(&file, &e);
@@ -108,22 +127,26 @@ impl Decoder {
             *values = self.slots.iter().map(|slot| take(&slot.present).map(Rc::new)).collect::<Result<_>>()?;
         }
         row.length = total;
-        last_position(&take(&self.logits)?).map_err(failed)
+        last_positions(&take(&self.logits)?).map_err(failed)
     }
 
     /// Binds everything anew: an output that stays bound would be written into again, over what is now the past.
     fn bind(&self, binding: &mut IoBinding, row: &mut Row, ids: &[i64]) -> ort::Result<()> {
-        let total = row.length + ids.len();
-        binding.bind_input(IDS, &tensor(&IntMatrix::from_row(ids.to_vec()))?)?;
+        let new = ids.len() / row.count;
+        let total = row.length + new;
+        let rows =
+            |values: Vec<i64>| tensor(&IntMatrix { rows: row.count, columns: values.len() / row.count, data: values });
+        binding.bind_input(IDS, &rows(ids.to_vec())?)?;
         if self.has_mask {
-            binding.bind_input(MASK, &tensor(&IntMatrix::from_row(vec![1; total]))?)?;
+            binding.bind_input(MASK, &rows(vec![1; total * row.count])?)?;
         }
         if self.has_positions {
-            let positions = (0_i64..).skip(row.length).take(ids.len()).collect();
-            binding.bind_input(POSITIONS, &tensor(&IntMatrix::from_row(positions))?)?;
+            let positions = (0..row.count).flat_map(|_| (0_i64..).skip(row.length).take(new)).collect();
+            binding.bind_input(POSITIONS, &rows(positions)?)?;
         }
-        let memory = MemoryInfo::new(AllocationDevice::CPU, 0, AllocatorType::Device, MemoryType::Default)?;
-        binding.bind_output_to_device(self.logits.as_str(), &memory)?;
+        // Logits are read on this side, caches stay where the model runs.
+        let (own, memory) = (memory(Provider::Cpu)?, memory(self.provider)?);
+        binding.bind_output_to_device(self.logits.as_str(), &own)?;
         // Owned values only: binding a borrowed one never returns (ort 2.0.0-rc.15).
         match &mut row.cache {
             Cache::Shared(buffers, _) => {
@@ -142,35 +165,33 @@ impl Decoder {
         Ok(())
     }
 
-    /// Buffers for a number of tokens.
-    fn buffers(&self, room: usize) -> Result<Vec<DynTensor>> {
-        let allocator = Allocator::default();
-        let buffer = |slot: &StateSlot| {
-            let element =
-                if slot.element == ElementType::F16 { TensorElementType::Float16 } else { TensorElementType::Float32 };
-            let shape: Vec<usize> = slot.shape.iter().map(|dim| size(*dim, room)).collect();
-            DynTensor::new(&allocator, element, shape)
+    /// Buffers for a number of tokens of each row.
+    fn buffers(&self, rows: usize, room: usize) -> Result<Vec<DynTensor>> {
+        let allocate = || {
+            let allocator = match self.provider {
+                Provider::Cpu => Allocator::default(),
+                Provider::Cuda => Allocator::new(&self.session, memory(self.provider)?)?,
+            };
+            self.slots.iter().map(|slot| buffer(&allocator, slot, rows, room)).collect::<ort::Result<_>>()
         };
-        self.slots.iter().map(buffer).collect::<ort::Result<_>>().map_err(|e| refused(&self.file, &e))
+        allocate().map_err(|e| refused(&self.file, &e))
     }
 
     /// Sees to it that shared buffers hold this many tokens, at least doubling them.
     fn make_room(&self, row: &mut Row, total: usize) -> Result<()> {
-        let length = row.length;
+        let (length, count) = (row.length, row.count);
         let Cache::Shared(old, room) = &mut row.cache else { return Ok(()) };
         if total <= *room {
             return Ok(());
         }
         let wanted = total.max(room.saturating_mul(2)).max(room.saturating_add(GROWTH));
-        let mut new = self.buffers(wanted)?;
+        let mut new = self.buffers(count, wanted)?;
         for ((slot, old), new) in self.slots.iter().zip(old.iter()).zip(&mut new) {
-            let at = slot.shape.iter().position(|dim| *dim == Dim::Length).unwrap_or(0);
-            let inner: usize = slot.shape.iter().skip(at + 1).map(|dim| size(*dim, 0)).product();
-            let widths = [*room * inner, wanted * inner, length * inner];
-            let copied = if slot.element == ElementType::F16 {
-                widen::<half::f16>(old, new, widths)
-            } else {
-                widen::<f32>(old, new, widths)
+            let tokens = [*room, wanted, length];
+            let copied = match self.provider {
+                Provider::Cpu => move_over(slot, old, new, tokens),
+                // Rare enough to take the way through this side's memory.
+                Provider::Cuda => move_over_device(slot, old, new, count, tokens),
             };
             copied.map_err(|e| refused(&self.file, &e))?;
         }
@@ -179,11 +200,53 @@ impl Decoder {
     }
 }
 
-/// A dimension for one row and this many tokens.
-pub(super) fn size(dim: Dim, tokens: usize) -> usize {
+/// The memory in which a provider computes.
+fn memory(provider: Provider) -> ort::Result<MemoryInfo<'static>> {
+    let device = match provider {
+        Provider::Cpu => AllocationDevice::CPU,
+        Provider::Cuda => AllocationDevice::CUDA,
+    };
+    MemoryInfo::new(device, 0, AllocatorType::Device, MemoryType::Default)
+}
+
+fn buffer(allocator: &Allocator, slot: &StateSlot, rows: usize, room: usize) -> ort::Result<DynTensor> {
+    let shape: Vec<usize> = slot.shape.iter().map(|dim| size(*dim, rows, room)).collect();
+    DynTensor::new(allocator, element_type(slot.element), shape)
+}
+
+/// Moves a cache from one device buffer to another, of so many tokens (old, new and filled).
+fn move_over_device(
+    slot: &StateSlot,
+    old: &DynTensor,
+    new: &mut DynTensor,
+    rows: usize,
+    tokens: [usize; 3],
+) -> ort::Result<()> {
+    let old = old.to(AllocationDevice::CPU, 0)?;
+    let mut here = buffer(&Allocator::default(), slot, rows, tokens[1])?;
+    move_over(slot, &old, &mut here, tokens)?;
+    here.copy_into(new)
+}
+
+/// Moves a cache from one buffer of this side's memory to another, of so many tokens (old, new and filled).
+fn move_over(slot: &StateSlot, old: &DynTensor, new: &mut DynTensor, tokens: [usize; 3]) -> ort::Result<()> {
+    let at = slot.shape.iter().position(|dim| *dim == Dim::Length).unwrap_or(0);
+    let inner: usize = slot.shape.iter().skip(at + 1).map(|dim| size(*dim, 1, 0)).product();
+    let widths = tokens.map(|tokens| tokens * inner);
+    match slot.element {
+        ElementType::F16 => widen::<half::f16>(old, new, widths),
+        ElementType::BF16 => widen::<half::bf16>(old, new, widths),
+        ElementType::I8 => widen::<i8>(old, new, widths),
+        ElementType::U8 => widen::<u8>(old, new, widths),
+        _ => widen::<f32>(old, new, widths),
+    }
+}
+
+/// A dimension for so many rows and tokens.
+pub(super) fn size(dim: Dim, rows: usize, tokens: usize) -> usize {
     match dim {
         Dim::Fixed(size) => size,
-        Dim::Batch => 1,
+        Dim::Batch => rows,
         Dim::Length => tokens,
     }
 }

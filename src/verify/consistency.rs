@@ -33,7 +33,7 @@ struct Results {
 
 /// Compares cached, chunked and padded runs of a model with its full run, and all of them with another lowering's.
 pub fn consistency(model: &Path, other: Option<&Path>, options: &Options) -> Result<Report> {
-    let mut decoder = Decoder::open(model, &options.session(false))?;
+    let mut decoder = Decoder::open(model, &options.judged_session())?;
     let element = element_of(model, &decoder);
     let tolerance = options.tolerance(element);
     let prompt = random_prompt(folder_of(model))?;
@@ -50,9 +50,11 @@ pub fn consistency(model: &Path, other: Option<&Path>, options: &Options) -> Res
         scenarios: Vec::new(),
         perplexity: Vec::new(),
         cost: Cost::of(model, options),
+        placement: None,
         divergence: None,
         notes: note.into_iter().collect(),
     };
+    options.place(&mut decoder, &prompt, &mut report);
     for (scenario, got) in results.scenarios.iter().filter(|(s, _)| *s != Scenario::Prefill) {
         report.scenarios.push(against(scenario.name(), "full run", got, &own, &prompt, *scenario, tolerance));
     }

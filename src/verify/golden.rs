@@ -19,7 +19,7 @@ use crate::tokenizer::Tokenizer;
 
 /// Runs every scenario and compares it with what the reference computed.
 pub fn against_golden(model: &Path, golden: &Golden, options: &Options) -> Result<Report> {
-    let mut decoder = Decoder::open(model, &options.session(false))?;
+    let mut decoder = Decoder::open(model, &options.judged_session())?;
     let element = element_of(model, &decoder);
     let half = |element: ElementType| matches!(element, ElementType::F16 | ElementType::BF16);
     let computes = decoder.slots().iter().any(|slot| half(slot.element));
@@ -38,9 +38,11 @@ pub fn against_golden(model: &Path, golden: &Golden, options: &Options) -> Resul
         scenarios: Vec::new(),
         perplexity: Vec::new(),
         cost: Cost::of(model, options),
+        placement: None,
         divergence: None,
         notes: Vec::new(),
     };
+    options.place(&mut decoder, &prompt, &mut report);
     let reference = Logits::from_tensor(&golden.logits);
     let (scenarios, note) = promised(model);
     report.notes.extend(note);

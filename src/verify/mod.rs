@@ -18,6 +18,7 @@ mod windows;
 use std::path::{Path, PathBuf};
 
 use crate::element::ElementType;
+use crate::runtime::Provider;
 use crate::session::{self, Decoder};
 
 pub use bar::{Bar, Quantisation};
@@ -31,7 +32,7 @@ pub use tolerance::{Allowed, Basis, tolerance};
 pub use windows::{WINDOW, Window, text_windows};
 
 use metrics::{Comparison, compare};
-use scenario::{Continuation, Scenario};
+use scenario::{Continuation, Prompt, Scenario};
 
 /// Tokens that a greedy continuation is checked for.
 const GREEDY_TOKENS: usize = 16;
@@ -49,11 +50,39 @@ pub struct Options {
     pub reference: Option<PathBuf>,
     /// Replaces the bar of the model's quantisation; a float build is then judged as if it were quantised.
     pub bar: Option<Bar>,
+    /// Where onnxruntime runs the model.
+    pub provider: Provider,
+    /// Options of the provider, by onnxruntime's names.
+    pub provider_options: Vec<(String, String)>,
+    /// Also says on which provider each node runs.
+    pub placement: bool,
 }
 
 impl Options {
     fn session(&self, hidden_states: bool) -> session::Options {
-        session::Options { threads: self.threads, hidden_states }
+        session::Options {
+            threads: self.threads,
+            hidden_states,
+            provider: self.provider,
+            provider_options: self.provider_options.clone(),
+            placement: false,
+        }
+    }
+
+    /// The session that is judged.
+    fn judged_session(&self) -> session::Options {
+        session::Options { placement: self.placement, ..self.session(false) }
+    }
+
+    /// Adds to a report where the nodes of the judged session run, if that is asked for.
+    fn place(&self, decoder: &mut Decoder, prompt: &Prompt, report: &mut Report) {
+        if !self.placement {
+            return;
+        }
+        match decoder.placement(prompt.ids.data.first().copied().unwrap_or(0)) {
+            Ok(placement) => report.placement = Some(placement),
+            Err(error) => report.notes.push(format!("on which provider the nodes run is unknown: {error}")),
+        }
     }
 
     fn tolerance(&self, element: ElementType) -> f64 {

@@ -10,6 +10,7 @@ use super::cost::Cost;
 use super::metrics::Comparison;
 use super::tolerance::Allowed;
 use crate::element::ElementType;
+use crate::session::Placement;
 
 /// What the model was compared with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -152,6 +153,8 @@ pub struct Report {
     pub perplexity: Vec<Perplexity>,
     /// What quantisation cost, in a quantised build: then its bar judges, not the tolerance.
     pub cost: Option<Cost>,
+    /// On which provider the nodes run, if that was asked for.
+    pub placement: Option<Placement>,
     /// The first layer that departs, if something failed.
     pub divergence: Option<Divergence>,
     /// Checks that could not be made.
@@ -180,7 +183,7 @@ impl Report {
 
 impl Serialize for Report {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut s = serializer.serialize_struct("Report", 11)?;
+        let mut s = serializer.serialize_struct("Report", 12)?;
         s.serialize_field("kind", &self.kind)?;
         s.serialize_field("holds", &self.holds())?;
         s.serialize_field("model", &self.model)?;
@@ -190,6 +193,7 @@ impl Serialize for Report {
         s.serialize_field("scenarios", &self.scenarios)?;
         s.serialize_field("perplexity", &self.perplexity)?;
         s.serialize_field("cost", &self.cost)?;
+        s.serialize_field("placement", &self.placement)?;
         s.serialize_field("divergence", &self.divergence)?;
         s.serialize_field("notes", &self.notes)?;
         s.end()
@@ -225,6 +229,9 @@ impl fmt::Display for Report {
         }
         if let Some(cost) = &self.cost {
             write!(f, "{cost}")?;
+        }
+        if let Some(placement) = &self.placement {
+            write!(f, "{placement}")?;
         }
         for note in &self.notes {
             writeln!(f, "note: {note}")?;
@@ -355,6 +362,7 @@ mod tests {
             scenarios: verdicts.iter().map(outcome).collect(),
             perplexity: Vec::new(),
             cost: None,
+            placement: None,
             divergence: None,
             notes: Vec::new(),
         }

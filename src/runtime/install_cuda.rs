@@ -1,0 +1,200 @@
+//! Installing the pinned onnxruntime for a GPU: pip unpacks its wheel, and the wheels of CUDA and cuDNN that its
+//! metadata names, into a folder of hf2onnx's cache; every library is compared with the list in its wheel.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use sha2::{Digest as _, Sha256};
+
+use super::install::{pip, recorded_hash};
+use super::search::cached;
+use super::{Library, Origin, Provider};
+use crate::error::{Code, Error, Result};
+use crate::write::free_space;
+
+/// Bytes that the installation takes while it runs: 1.6 GB of wheels, and what comes out of the largest one twice.
+const ROOM: u64 = 6_000_000_000;
+/// The wheel's extras: the libraries of CUDA, and of cuDNN.
+const EXTRAS: [&str; 2] = ["cuda", "cudnn"];
+
+/// Installs the pinned release below `cache`, or returns it when it is there.
+pub(super) fn install(cache: &Path, say: &mut dyn FnMut(&str)) -> Result<Library> {
+    if let Ok(library) = check_installed(cache) {
+        return Ok(library);
+    }
+    fs::create_dir_all(cache).map_err(|e| Error::io(cache, &e))?;
+    if let Some(free) = free_space(cache).filter(|free| *free < ROOM) {
+        return Err(Error::new(Code::DiskFull, cache.display())
+            .found(format!("{free} bytes free"))
+            .expected(format!("{ROOM} for the wheels of onnxruntime-gpu, CUDA and cuDNN and what is in them"))
+            .help("free some disk space, or set XDG_CACHE_HOME to a folder on another disk"));
+    }
+    let work = tempfile::Builder::new().prefix(".install-").tempdir_in(cache).map_err(|e| Error::io(cache, &e))?;
+    let (target, packages) = (folder(cache), work.path().join("packages"));
+    let pinned = Provider::Cuda.pinned();
+    let wheel = format!("{}=={}", pinned.package, pinned.version);
+    say(&format!("installing {wheel} with pip, into {}", target.display()));
+    unpack(&packages, &["--no-deps".to_owned(), wheel], work.path())?;
+    let needs = requirements(&metadata(&packages)?);
+    say(&format!("installing what it needs: {} (1.3 GB to download)", needs.join(", ")));
+    unpack(&packages, &needs, work.path())?;
+    verify(&packages, true)?;
+    // Another process may have installed it meanwhile: then what it put there is used, if it is whole.
+    if fs::rename(&packages, &target).is_err() {
+        if let Ok(library) = check_installed(cache) {
+            return Ok(library);
+        }
+        fs::remove_dir_all(&target).map_err(|e| Error::io(&target, &e))?;
+        fs::rename(&packages, &target).map_err(|e| Error::io(&target, &e))?;
+    }
+    let library = check_installed(cache)?;
+    say(&format!("installed {}", library.path.display()));
+    Ok(library)
+}
+
+/// The installed library, if all libraries of its folder have the sizes that they should have.
+pub(super) fn check_installed(cache: &Path) -> Result<Library> {
+    verify(&folder(cache), false)?;
+    let capi = cached(cache, Provider::Cuda);
+    let entries = fs::read_dir(&capi).map_err(|e| Error::io(&capi, &e))?;
+    let library = entries
+        .flatten()
+        .map(|entry| entry.path())
+        .find(|path| path.file_name().and_then(OsStr::to_str).is_some_and(super::search::is_library_name));
+    let path = library.ok_or_else(|| damaged(&capi, "no onnxruntime library"))?;
+    Ok(Library { path, version: Some(Provider::Cuda.pinned().version.to_owned()), origin: Origin::Cache })
+}
+
+fn folder(cache: &Path) -> PathBuf {
+    cache.join(Provider::Cuda.pinned().folder())
+}
+
+/// Lets pip put packages into a folder.
+fn unpack(packages: &Path, wanted: &[String], work: &Path) -> Result<()> {
+    // pip's own cache would hold every byte a second time.
+    let options = ["install", "--only-binary=:all:", "--no-cache-dir", "--no-compile", "--target"];
+    let mut arguments: Vec<&OsStr> = options.iter().map(OsStr::new).collect();
+    arguments.push(packages.as_os_str());
+    arguments.extend(wanted.iter().map(OsStr::new));
+    pip(&arguments, work).map_err(|found| {
+        Error::new(Code::RuntimeMissing, wanted.last().map_or("onnxruntime-gpu", String::as_str))
+            .found(found)
+            .expected("pip to install it")
+            .help(
+                "install onnxruntime-gpu[cuda,cudnn] into a Python on the path, or CUDA 13 itself, and name the library \
+                 with --runtime",
+            )
+    })
+}
+
+/// The text of METADATA of the onnxruntime wheel.
+fn metadata(packages: &Path) -> Result<String> {
+    let pinned = Provider::Cuda.pinned();
+    let name = format!("{}-{}.dist-info", pinned.package.replace('-', "_"), pinned.version);
+    let path = packages.join(name).join("METADATA");
+    fs::read_to_string(&path).map_err(|e| Error::io(&path, &e))
+}
+
+/// What the metadata names for the extras: `Requires-Dist: nvidia-curand~=10.0; extra == "cuda"`.
+fn requirements(metadata: &str) -> Vec<String> {
+    let named = metadata.lines().filter_map(|line| line.strip_prefix("Requires-Dist:")?.split_once(';'));
+    let wanted = named.filter(|(_, marker)| {
+        EXTRAS.iter().any(|extra| marker.split(['"', '\'']).any(|word| word == *extra) && marker.contains("extra"))
+    });
+    wanted.map(|(requirement, _)| requirement.trim().to_owned()).collect()
+}
+
+/// Compares every library of a folder of packages with its line in RECORD: its size, and its hash if that is asked for.
+fn verify(packages: &Path, hash: bool) -> Result<()> {
+    let entries = fs::read_dir(packages).map_err(|e| Error::io(packages, &e))?;
+    let mut libraries = 0;
+    for entry in entries.flatten().filter(|entry| entry.file_name().to_string_lossy().ends_with(".dist-info")) {
+        let path = entry.path().join("RECORD");
+        let list = fs::read_to_string(&path).map_err(|e| Error::io(&path, &e))?;
+        for line in list.lines() {
+            let mut fields = line.rsplitn(3, ',');
+            let (size, recorded, name) = (fields.next(), fields.next(), fields.next());
+            let (Some(size), Some(recorded), Some(name)) = (size, recorded, name) else { continue };
+            let name = name.trim_matches('"');
+            if is_library(name) {
+                verify_one(packages, name, size, hash.then_some(recorded))?;
+                libraries += 1;
+            }
+        }
+    }
+    if libraries == 0 {
+        return Err(damaged(packages, "no libraries"));
+    }
+    Ok(())
+}
+
+fn verify_one(packages: &Path, name: &str, size: &str, recorded: Option<&str>) -> Result<()> {
+    let path = packages.join(name);
+    let found = fs::metadata(&path).map_err(|e| Error::io(&path, &e))?.len();
+    if size.trim().parse() != Ok(found) {
+        return Err(damaged(&path, format!("{found} bytes, RECORD says {size}")));
+    }
+    let Some(recorded) = recorded else { return Ok(()) };
+    let mut file = fs::File::open(&path).map_err(|e| Error::io(&path, &e))?;
+    let mut sha256 = Sha256::new();
+    io::copy(&mut file, &mut sha256).map_err(|e| Error::io(&path, &e))?;
+    let computed = recorded_hash(&sha256.finalize());
+    if computed == recorded { Ok(()) } else { Err(damaged(&path, format!("{computed}, RECORD says {recorded}"))) }
+}
+
+/// True for what a loader loads; a path that leads out of the packages is none.
+fn is_library(name: &str) -> bool {
+    let inside = Path::new(name).components().all(|part| matches!(part, std::path::Component::Normal(_)));
+    let file = name.rsplit('/').next().unwrap_or(name).to_ascii_lowercase();
+    inside && (file.ends_with(".so") || file.contains(".so.") || file.ends_with(".dll"))
+}
+
+fn damaged(subject: &Path, found: impl std::fmt::Display) -> Error {
+    Error::new(Code::RuntimeMissing, subject.display())
+        .found(found)
+        .expected("the libraries as their wheels list them")
+        .help("delete the folder and run `hf2onnx runtime install --provider cuda`")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_extras_name_what_is_needed() {
+        let metadata = "Name: onnxruntime-gpu\nRequires-Dist: numpy>=1.21.6\nRequires-Dist: sympy; extra == \"symbolic\"\n\
+                        Requires-Dist: nvidia-curand~=10.0; extra == \"cuda\"\n\
+                        Requires-Dist: nvidia-cudnn-cu13~=9.0; extra == 'cudnn'\n\nRequires-Dist is a field\n";
+        assert_eq!(requirements(metadata), ["nvidia-curand~=10.0", "nvidia-cudnn-cu13~=9.0"]);
+    }
+
+    /// A folder as pip leaves it, with one library whose content is `content`, listed as `library`.
+    fn packages(root: &Path, content: &[u8]) -> PathBuf {
+        let folder = root.join(Provider::Cuda.pinned().folder());
+        let name = format!("onnxruntime/capi/libonnxruntime.so.{}", Provider::Cuda.pinned().version);
+        let info = folder.join("onnxruntime_gpu-1.31.1.dist-info");
+        fs::create_dir_all(folder.join("onnxruntime/capi")).unwrap();
+        fs::create_dir_all(&info).unwrap();
+        fs::write(folder.join(&name), content).unwrap();
+        let hash = recorded_hash(&Sha256::digest(b"library"));
+        let list = format!("onnxruntime/__init__.py,sha256=x,1\n../../out.so,sha256=x,1\n{name},{hash},7\n");
+        fs::write(info.join("RECORD"), list).unwrap();
+        folder
+    }
+
+    #[test]
+    fn libraries_are_compared_with_their_wheels_lists() {
+        let root = tempfile::tempdir().unwrap();
+        assert!(verify(&packages(root.path(), b"library"), true).is_ok());
+        assert!(check_installed(root.path()).unwrap().path.is_file());
+        let error = verify(&packages(root.path(), b"Library"), true).unwrap_err();
+        assert!(error.found.contains("RECORD says sha256="), "{error}");
+        packages(root.path(), b"short");
+        let error = check_installed(root.path()).unwrap_err();
+        assert!(error.found.contains("5 bytes") && error.help.contains("--provider cuda"), "{error}");
+        fs::remove_dir_all(root.path().join("onnxruntime-gpu-1.31.1/onnxruntime_gpu-1.31.1.dist-info")).unwrap();
+        assert!(check_installed(root.path()).is_err());
+    }
+}
