@@ -94,6 +94,35 @@ fn rows_continue_as_plain_runs_do() -> TestResult {
     Ok(())
 }
 
+/// Rows that are continued together come out as each does alone, also in buffers that grow.
+#[test]
+fn rows_of_a_batch_are_as_rows_alone() -> TestResult {
+    for (case, target) in [("llama", "ort-cpu"), ("gemma4_text", "ort-cpu"), ("bloom", "standard")] {
+        let place = tempfile::tempdir_in(scratch())?;
+        let dir = place.path().join("model");
+        build_with(&Case::named(case)?.options(target)?, &dir)?;
+        let mut decoder = open(&dir)?;
+        let ids: Vec<Vec<i64>> = (0..3).map(|r| (0..20).map(|k| 3 + (k * 7 + r * 11) % 50).collect()).collect();
+        for shared in [false, true] {
+            let mut batch = decoder.rows(3, 4, shared)?;
+            let mut alone = [decoder.row(32, shared)?, decoder.row(32, shared)?, decoder.row(32, shared)?];
+            // GroupQueryAttention takes several tokens behind others in one row only.
+            for (from, to) in [(0, 9)].into_iter().chain((9..20).map(|at| (at, at + 1))) {
+                let together: Vec<i64> = ids.iter().flat_map(|row| row[from..to].to_vec()).collect();
+                let got = decoder.extend(&mut batch, &together)?;
+                for (row, ids) in alone.iter_mut().zip(&ids).enumerate() {
+                    let wanted = decoder.extend(ids.0, &ids.1[from..to])?;
+                    let own = &got[row * wanted.len()..(row + 1) * wanted.len()];
+                    assert!(close(own, &wanted), "{case} on {target}, one buffer: {shared}, row {row}, {from}..{to}");
+                }
+            }
+            let refused = decoder.extend(&mut batch, &[1, 2]).err().ok_or("two tokens for three rows")?;
+            assert!(refused.found.contains("2 tokens for 3 rows"), "{refused}");
+        }
+    }
+    Ok(())
+}
+
 fn close(a: &[f32], b: &[f32]) -> bool {
     let largest = b.iter().fold(0_f32, |largest, x| largest.max(x.abs()));
     a.len() == b.len() && a.iter().zip(b).all(|(a, b)| (a - b).abs() <= 1e-5 * largest)
@@ -113,6 +142,7 @@ fn built(place: &Path) -> TestResult<Vec<PathBuf>> {
 fn bench(dirs: [&Path; 1], more: &[&str]) -> TestResult<(Option<i32>, String, String)> {
     let mut arguments = vec!["bench".as_ref(), dirs[0].as_os_str()];
     let few = ["--prompt-tokens", "12", "--new-tokens", "5", "--repeat", "2", "--threads", "1"];
+    let few = if more.contains(&few[0]) { &few[2..] } else { &few[..] };
     arguments.extend(few.iter().chain(more).map(AsRef::<std::ffi::OsStr>::as_ref));
     let ran = hf2onnx(arguments)?;
     Ok((ran.status.code(), String::from_utf8(ran.stdout)?, String::from_utf8(ran.stderr)?))
@@ -150,6 +180,33 @@ fn figures() -> TestResult {
             let rate = point["prefill_tokens_per_second"]["min"].as_f64().ok_or("no rate")?;
             assert!(12.0 / seconds <= rate * 1.000_001, "choosing a token takes time, too: {point:#}");
         }
+    }
+    Ok(())
+}
+
+#[test]
+fn figures_of_a_batch() -> TestResult {
+    let place = tempfile::tempdir_in(scratch())?;
+    let dir = place.path().join("model");
+    build_with(&options(&kjv_llama(), "ort-cpu")?, &dir)?;
+    for (past, prompt) in [("0", "12"), ("30", "1")] {
+        let more = ["--json", "--past", past, "--prompt-tokens", prompt, "--batch", "3"];
+        let (code, text, errors) = bench([&dir], &more)?;
+        assert_eq!(code, Some(0), "{errors}");
+        let value: Value = serde_json::from_str(&text)?;
+        assert_eq!((&value["batch"], &value["provider"], &value["notes"]), (&json!(3), &json!("cpu"), &json!([])));
+        let point = &value["models"][0]["points"][0];
+        // Tokens of all three rows: the first token comes behind the prompts of all of them.
+        let tokens = 3.0 * prompt.parse::<f64>()?;
+        let seconds = point["first_token_seconds"]["max"].as_f64().ok_or("no time")?;
+        let rate = point["prefill_tokens_per_second"]["min"].as_f64().ok_or("no rate")?;
+        assert!(tokens / seconds <= rate * 1.000_001 && tokens / seconds > rate * 0.3, "{point:#}");
+        sane(&point["decode_tokens_per_second"], 1.0);
+        assert_eq!(value["models"][0]["peak_device_bytes"], Value::Null);
+    }
+    for (batch, words) in [("0", "--batch"), ("100000", "--batch")] {
+        let (code, _, errors) = bench([&dir], &["--batch", batch])?;
+        assert!(code == Some(1) && errors.contains(words), "{errors}");
     }
     Ok(())
 }

@@ -29,6 +29,8 @@ use machine::PeakMemory;
 
 /// Tokens that a cache is filled by at once.
 const FILL: usize = 512;
+/// Most rows that are run together.
+const MOST_ROWS: usize = 4096;
 /// Time in which the threads of the session before come to rest.
 const REST: Duration = Duration::from_millis(20);
 
@@ -292,8 +294,11 @@ impl Loaded {
     fn filled(&mut self, past: usize, plan: &Plan) -> Result<(Row, Mark)> {
         let room = past.saturating_add(plan.prompt_tokens).saturating_add(plan.new_tokens);
         let mut row = self.decoder.rows(plan.batch, room, !plan.apart)?;
-        for chunk in self.tokens(past.saturating_mul(plan.batch), usize::MAX).chunks(FILL * plan.batch) {
-            self.decoder.extend(&mut row, chunk)?;
+        let tokens = self.tokens(past.saturating_mul(plan.batch), usize::MAX);
+        // GroupQueryAttention takes several tokens behind others in one row only.
+        let chunk = if plan.batch == 1 { FILL } else { tokens.len().max(1) };
+        for tokens in tokens.chunks(chunk) {
+            self.decoder.extend(&mut row, tokens)?;
         }
         let mark = row.mark();
         Ok((row, mark))
@@ -407,6 +412,11 @@ impl Plan {
         ];
         if let Some((name, _)) = counts.into_iter().find(|(_, count)| *count == 0) {
             return Err(Error::new(Code::UsageInvalid, name).found(0).expected("a number from 1 up"));
+        }
+        if self.batch > MOST_ROWS {
+            return Err(Error::new(Code::UsageInvalid, "--batch")
+                .found(self.batch)
+                .expected(format!("at most {MOST_ROWS}")));
         }
         let past = self.past.iter().copied().max().ok_or_else(|| {
             Error::new(Code::UsageInvalid, "--past").found("nothing").expected("numbers such as 0,1024")

@@ -139,13 +139,17 @@ pub(super) fn environment() -> Result<&'static Environment> {
 
 /// onnxruntime's refusal to open a file.
 pub(super) fn not_opened(file: &Path, options: &Options, error: &ort::Error) -> Error {
-    let refused = super::refused(file, error);
-    match options.provider {
-        Provider::Cpu => refused,
-        Provider::Cuda => refused
-            .expected("a session with the CUDA provider")
-            .help("`hf2onnx runtime --provider cuda` says what there is for it and what is missing"),
+    let mut refused = super::refused(file, error);
+    if options.provider == Provider::Cpu {
+        return refused;
     }
+    // The names of half a dozen functions stand before what CUDA said.
+    if let Some(words) = refused.found.rfind("CUDA failure").and_then(|at| refused.found.get(at..)) {
+        refused.found = words.split(" ; ").next().unwrap_or(words).trim().to_owned();
+    }
+    refused
+        .expected("a session with the CUDA provider")
+        .help("`hf2onnx runtime --provider cuda` says what there is for it and what is missing")
 }
 
 #[cfg(test)]
@@ -165,5 +169,19 @@ mod tests {
         assert_eq!((graph.name.as_str(), graph.node.len()), ("main", 1));
         assert_eq!(graph.output.iter().map(|o| o.name.as_str()).collect::<Vec<_>>(), ["hidden_states.0"]);
         assert_eq!(with_hidden_states(more.clone()).unwrap().len() - more.len(), 2);
+    }
+
+    #[test]
+    fn what_cuda_said_is_kept_and_where_is_not() {
+        let words = "/a/cuda_call.cc:154 void CudaCall() [with X = cudaError] CUDA failure 100: no CUDA-capable device is \
+                     detected ; GPU=-1 ; hostname=vm ; expr=cudaSetDevice(); \n";
+        let on = |provider| {
+            let options = Options { provider, ..Options::default() };
+            not_opened(Path::new("model.onnx"), &options, &ort::Error::new(words))
+        };
+        let error = on(Provider::Cuda);
+        assert_eq!(error.found, "CUDA failure 100: no CUDA-capable device is detected");
+        assert!(error.help.contains("runtime --provider cuda"), "{error}");
+        assert!(on(Provider::Cpu).help.is_empty());
     }
 }
