@@ -37,6 +37,16 @@ pub struct Options {
     pub placement: bool,
 }
 
+impl Options {
+    /// The number of the device that the provider runs on.
+    fn device(&self) -> Result<i32> {
+        let Some((_, number)) = self.provider_options.iter().find(|(key, _)| key == "device_id") else { return Ok(0) };
+        number.parse().ok().filter(|number| *number >= 0).ok_or_else(|| {
+            Error::new(Code::UsageInvalid, "device_id").found(number).expected("a device's number, from 0 up")
+        })
+    }
+}
+
 /// A matrix of integers, row by row: token ids, a mask or positions.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct IntMatrix {
@@ -142,6 +152,7 @@ pub struct Decoder {
     shared: bool,
     vocabulary: Option<u32>,
     provider: Provider,
+    device: i32,
     profile: Option<Profile>,
 }
 
@@ -157,8 +168,8 @@ impl Decoder {
         let profile = options.placement.then(Profile::new).transpose()?;
         let session = open_session(environment()?, &file, options, profile.as_ref());
         let session = session.map_err(|e| not_opened(&file, options, &e))?;
-        let (shared, provider) = (shares_buffers(path), options.provider);
-        Ok(Self { shared, provider, profile, ..Self::inspect(session, file)? })
+        let (shared, provider, device) = (shares_buffers(path), options.provider, options.device()?);
+        Ok(Self { shared, provider, device, profile, ..Self::inspect(session, file)? })
     }
 
     fn inspect(session: Session, file: PathBuf) -> Result<Self> {
@@ -190,7 +201,7 @@ impl Decoder {
         hidden.sort();
         let vocabulary = logits.dtype().tensor_shape().and_then(|shape| u32::try_from(*shape.last()?).ok());
         let (has_mask, has_positions, logits) = (has(MASK), has(POSITIONS), logits.name().to_owned());
-        let (shared, provider, profile) = (false, Provider::Cpu, None);
+        let (shared, provider, device, profile) = (false, Provider::Cpu, 0, None);
         Ok(Self {
             session,
             file,
@@ -203,6 +214,7 @@ impl Decoder {
             shared,
             vocabulary,
             provider,
+            device,
             profile,
         })
     }
@@ -358,6 +370,16 @@ mod tests {
         assert_eq!(slot_of("past_conv.0", &cache, &outputs).unwrap().present, "present_conv.0");
         assert!(slot_of("past_ssm.0", &cache, &outputs).unwrap_err().contains("past_ssm.0"));
         assert!(slot_of("token_type_ids", &cache, &outputs).unwrap_err().contains("unknown input"));
+    }
+
+    #[test]
+    fn caches_lie_on_the_device_that_runs() {
+        let of = |value: &str| {
+            let provider_options = vec![("use_tf32".into(), "1".into()), ("device_id".into(), value.into())];
+            Options { provider_options, ..Options::default() }.device()
+        };
+        assert_eq!((of("3").unwrap(), Options::default().device().unwrap()), (3, 0));
+        assert!(of("-1").is_err() && of("gpu").is_err());
     }
 
     #[test]

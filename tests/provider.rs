@@ -1,5 +1,6 @@
 //! `--provider` on the command line, on a machine that need not have a GPU: what is missing is said with the next step,
 //! and where the nodes run is listed for the processor as it is for a GPU.
+#![allow(clippy::indexing_slicing)]
 
 mod common;
 

@@ -18,7 +18,7 @@ impl fmt::Display for Report {
         let threads = self.threads.map_or_else(String::new, |threads| format!(", {threads} threads"));
         let provider = match self.provider {
             Provider::Cpu => String::new(),
-            other => format!(", provider {}", other.as_str()),
+            Provider::Cuda => ", on the GPU".to_owned(),
         };
         writeln!(f, "onnxruntime {version} on {cpu}{cores}{threads}{provider}")?;
         let batch = if self.batch == 1 { String::new() } else { format!("{} rows, ", self.batch) };

@@ -43,6 +43,8 @@ pub struct Plan {
     pub new_tokens: usize,
     /// How often.
     pub repeat: usize,
+    /// Processes of their own for load time and memory, one at least; no more than rounds.
+    pub loads: usize,
     /// Tokens that are in the cache before the prompt; each is measured by itself.
     pub past: Vec<usize>,
     /// Rows that are run together.
@@ -181,8 +183,7 @@ pub fn run(
 ) -> Result<Report> {
     plan.check(dirs)?;
     let mut processes = vec![Vec::new(); dirs.len()];
-    // Once is not enough, and loading a large model often takes long.
-    for round in 0..plan.repeat.min(3) {
+    for round in 0..plan.repeat.min(plan.loads.max(1)) {
         for index in turns(dirs.len(), round) {
             if let (Some(dir), Some(found)) = (dirs.get(index), processes.get_mut(index)) {
                 found.push(alone(dir)?);

@@ -31,6 +31,9 @@ pub(super) struct Bench {
     /// Rounds
     #[arg(long, value_name = "N", default_value_t = 5)]
     repeat: usize,
+    /// Rounds of load time and memory, each in a process of its own
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    loads: usize,
     /// Tokens in the cache before the prompt, each number measured by itself
     #[arg(long, value_name = "N,N", value_delimiter = ',', default_value = "0")]
     past: Vec<usize>,
@@ -55,6 +58,7 @@ impl Bench {
             prompt_tokens: self.prompt_tokens,
             new_tokens: self.new_tokens,
             repeat: self.repeat,
+            loads: self.loads,
             past: self.past.clone(),
             batch: self.batch,
             apart: self.apart,

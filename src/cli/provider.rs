@@ -54,7 +54,7 @@ pub(super) struct SessionOptions {
     /// Where onnxruntime runs the model
     #[arg(long, value_enum, default_value_t)]
     provider: ProviderName,
-    /// An option of the provider, by onnxruntime's name: device_id=1 (repeatable)
+    /// An option of the provider, by onnxruntime's name: `device_id=1` (repeatable)
     #[arg(long, value_name = "KEY=VALUE", value_parser = key_and_value)]
     provider_option: Vec<(String, String)>,
     /// Threads within an operator [default: as many as cores]

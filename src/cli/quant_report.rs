@@ -133,6 +133,7 @@ impl QuantReport {
             prompt_tokens: self.prompt_tokens,
             new_tokens: self.new_tokens,
             repeat: self.repeat,
+            loads: 1,
             past: vec![0],
             batch: 1,
             apart: false,

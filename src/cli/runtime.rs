@@ -24,7 +24,7 @@ pub(super) struct Runtime {
     #[arg(long, value_enum, default_value_t, global = true)]
     provider: ProviderName,
     #[command(flatten)]
-    runtime: RuntimeOption,
+    library: RuntimeOption,
     #[command(subcommand)]
     action: Option<Action>,
 }
@@ -34,7 +34,7 @@ enum Action {
     /// Let pip download the pinned onnxruntime and put its library into hf2onnx's cache
     ///
     /// For `--provider cuda` that is onnxruntime-gpu with the libraries of CUDA and cuDNN that it names: some 1.6 GB to
-    /// download, 2.6 GB on the disk.
+    /// download, 2.4 GB on the disk.
     #[command(after_help = "Example:\n  hf2onnx runtime install --provider cuda")]
     Install,
 }
@@ -43,7 +43,7 @@ impl Runtime {
     /// Runs the command.
     pub(super) fn run(self, output: &mut Output) -> Result<()> {
         let provider = Provider::from(self.provider);
-        let search = self.runtime.search(provider);
+        let search = self.library.search(provider);
         let pinned = provider.pinned();
         if let Some(Action::Install) = self.action {
             let library = install(provider, &search.cache, &mut |line| output.say(line))?;

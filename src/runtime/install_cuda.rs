@@ -148,7 +148,8 @@ fn verify_one(packages: &Path, name: &str, size: &str, recorded: Option<&str>) -
 fn is_library(name: &str) -> bool {
     let inside = Path::new(name).components().all(|part| matches!(part, std::path::Component::Normal(_)));
     let file = name.rsplit('/').next().unwrap_or(name).to_ascii_lowercase();
-    inside && (file.ends_with(".so") || file.contains(".so.") || file.ends_with(".dll"))
+    // `libcublas.so.13`: its extension is a number.
+    inside && file.split('.').skip(1).any(|part| matches!(part, "so" | "dll"))
 }
 
 fn damaged(subject: &Path, found: impl std::fmt::Display) -> Error {

@@ -161,7 +161,7 @@ fn no_gpu_library(refused: &[String]) -> Error {
         .found(found)
         .expected("the library of onnxruntime-gpu, with its provider beside it")
         .help(
-            "run `hf2onnx runtime install --provider cuda` (2 GB to download), or name a library with --runtime or \
+            "run `hf2onnx runtime install --provider cuda` (1.6 GB to download), or name a library with --runtime or \
                ORT_DYLIB_PATH",
         )
 }

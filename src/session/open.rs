@@ -145,7 +145,7 @@ pub(super) fn not_opened(file: &Path, options: &Options, error: &ort::Error) -> 
     }
     // The names of half a dozen functions stand before what CUDA said.
     if let Some(words) = refused.found.rfind("CUDA failure").and_then(|at| refused.found.get(at..)) {
-        refused.found = words.split(" ; ").next().unwrap_or(words).trim().to_owned();
+        refused.found = words.split(" ; ").next().unwrap_or(words).trim().into();
     }
     refused
         .expected("a session with the CUDA provider")

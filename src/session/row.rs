@@ -145,7 +145,7 @@ impl Decoder {
             binding.bind_input(POSITIONS, &rows(positions)?)?;
         }
         // Logits are read on this side, caches stay where the model runs.
-        let (own, memory) = (memory(Provider::Cpu)?, memory(self.provider)?);
+        let (own, memory) = (memory(Provider::Cpu, 0)?, memory(self.provider, self.device)?);
         binding.bind_output_to_device(self.logits.as_str(), &own)?;
         // Owned values only: binding a borrowed one never returns (ort 2.0.0-rc.15).
         match &mut row.cache {
@@ -170,7 +170,7 @@ impl Decoder {
         let allocate = || {
             let allocator = match self.provider {
                 Provider::Cpu => Allocator::default(),
-                Provider::Cuda => Allocator::new(&self.session, memory(self.provider)?)?,
+                Provider::Cuda => Allocator::new(&self.session, memory(self.provider, self.device)?)?,
             };
             self.slots.iter().map(|slot| buffer(&allocator, slot, rows, room)).collect::<ort::Result<_>>()
         };
@@ -200,13 +200,13 @@ impl Decoder {
     }
 }
 
-/// The memory in which a provider computes.
-fn memory(provider: Provider) -> ort::Result<MemoryInfo<'static>> {
+/// The memory in which a provider computes, on a device of that number.
+fn memory(provider: Provider, number: i32) -> ort::Result<MemoryInfo<'static>> {
     let device = match provider {
         Provider::Cpu => AllocationDevice::CPU,
         Provider::Cuda => AllocationDevice::CUDA,
     };
-    MemoryInfo::new(device, 0, AllocatorType::Device, MemoryType::Default)
+    MemoryInfo::new(device, number, AllocatorType::Device, MemoryType::Default)
 }
 
 fn buffer(allocator: &Allocator, slot: &StateSlot, rows: usize, room: usize) -> ort::Result<DynTensor> {
