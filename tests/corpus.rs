@@ -40,3 +40,8 @@ fn template() -> Result<(), Box<dyn Error>> {
 fn golden() -> Result<(), Box<dyn Error>> {
     replay("golden", targets::golden)
 }
+
+#[test]
+fn encoding() -> Result<(), Box<dyn Error>> {
+    replay("encoding", targets::encoding)
+}

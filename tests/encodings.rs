@@ -91,6 +91,8 @@ fn through_affine(case: &Repository, weight: &Logical) -> Result<Vec<f32>, Strin
         assert_eq!(made.codes.len(), rows.len() * weight.columns());
         assert_eq!(made.scales.len(), rows.len() * made.blocks());
         assert!(made.codes.iter().all(|code| u32::from(*code) < 1 << form.bits));
+        let outside = [(rows.len(), 0), (0, weight.columns()), (usize::MAX, 0), (usize::MAX, usize::MAX)];
+        assert!(outside.iter().all(|(n, k)| made.value(*n, *k).is_none()));
         for n in 0..rows.len() {
             let mut row = vec![0.0; weight.columns()];
             for k in 0..weight.columns() {

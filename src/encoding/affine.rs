@@ -58,10 +58,11 @@ impl AffineRows {
         self.columns.div_ceil(self.affine.block)
     }
 
-    /// The value of the element in row `n` of these, column `k`, as the format's library computes it.
+    /// The value of the element in row `n` of these, column `k`, as the format's library computes it; None outside.
     pub fn value(&self, n: usize, k: usize) -> Option<f32> {
-        let block = n * self.blocks() + k / self.affine.block;
-        let (code, zero) = (self.codes.get(n * self.columns + k)?, self.zeros.get(block)?);
+        let code = n.checked_mul(self.columns).filter(|_| k < self.columns)?.checked_add(k)?;
+        let block = n.checked_mul(self.blocks())?.checked_add(k / self.affine.block)?;
+        let (code, zero) = (self.codes.get(code)?, self.zeros.get(block)?);
         let scale = self.scales.get(block)?;
         match self.affine.product {
             Product::Over127 => Some((f32::from(*code) - zero) * scale),

@@ -5,7 +5,7 @@ use serde_json::Value;
 use super::form::{Index, Layout, Logical, Product, Values};
 use super::parts::{Role, Stored, corrupt};
 use super::scan::{ACTIVATION, CACHE, Scan, grid, matrix, parts, plain, shaped};
-use super::settings::{Keys, Settings, excluded};
+use super::settings::{Excluded, Keys, Settings};
 use crate::element::StoredType;
 use crate::error::{Code, Error, Result};
 
@@ -29,12 +29,13 @@ pub(super) fn recognise(scan: &mut Scan<'_>, settings: &Settings<'_>) -> Result<
     }
     scan.ignore_all(&[".activation_scale", ".input_scale", "_activation_scale", ".act_scale"], ACTIVATION);
     scan.ignore_all(&[".k_scale", ".v_scale"], CACHE);
+    let left_out = Excluded::read(settings)?;
     for name in scan.modules("_scale_inv") {
-        one(scan, settings, &name, "_scale_inv", block)?;
+        one(scan, (settings, &left_out), &name, "_scale_inv", block)?;
     }
     // Without blocks, some files name the scale as the others do.
     for name in scan.modules(".weight_scale") {
-        one(scan, settings, &format!("{name}.weight"), "_scale", block)?;
+        one(scan, (settings, &left_out), &format!("{name}.weight"), "_scale", block)?;
     }
     Ok(keys)
 }
@@ -52,17 +53,24 @@ fn block_size(value: &Value) -> Option<(usize, usize)> {
 pub(super) fn recognise_fbgemm(scan: &mut Scan<'_>, settings: &Settings<'_>) -> Result<Keys> {
     let keys = settings.account(&LEFT_OUT, &ABOUT)?;
     scan.ignore_all(&[".input_scale_ub", ".input_scale"], ACTIVATION);
+    let left_out = Excluded::read(settings)?;
     for name in scan.modules("_scale") {
         if scan.peek(&name).is_some_and(|tensor| tensor.dtype == StoredType::F8E4M3) {
-            one(scan, settings, &name, "_scale", (1, 0))?;
+            one(scan, (settings, &left_out), &name, "_scale", (1, 0))?;
         }
     }
     Ok(keys)
 }
 
-fn one(scan: &mut Scan<'_>, settings: &Settings<'_>, name: &str, ending: &str, block: (usize, usize)) -> Result<()> {
+fn one(
+    scan: &mut Scan<'_>,
+    (settings, left_out): (&Settings<'_>, &Excluded<'_>),
+    name: &str,
+    ending: &str,
+    block: (usize, usize),
+) -> Result<()> {
     let module = name.strip_suffix(".weight").unwrap_or(name);
-    if excluded(&settings.source, &settings.list("modules_to_not_convert"), module)? {
+    if left_out.names(module)? {
         scan.notes.push(format!("{name}: quantised, though modules_to_not_convert names it"));
     }
     let types = [StoredType::F8E4M3, StoredType::F8E5M2, StoredType::I8];

@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 use super::form::{Index, Layout, Logical, Values, Zeros};
 use super::parts::{Role, Stored, corrupt, whole, window};
 use super::scan::{FLOATS, Scan, WORDS, group, matrix, parts, plain, shaped};
-use super::settings::{Keys, Settings, bad, excluded, matches, pattern, size};
+use super::settings::{Excluded, Keys, Settings, bad, matches, pattern, size};
 use crate::element::ElementType;
 use crate::error::{Code, Error, Result};
 
@@ -310,9 +310,9 @@ pub(super) fn recognise_awq(scan: &mut Scan<'_>, settings: &Settings<'_>) -> Res
         return Err(settings.bad("bits", "4"));
     }
     let given = size(settings.map.get("group_size").or_else(|| settings.map.get("q_group_size")));
-    let left_out = settings.list("modules_to_not_convert");
+    let left_out = Excluded::read(settings)?;
     for module in scan.modules(".qweight") {
-        if excluded(&settings.source, &left_out, &module)? {
+        if left_out.names(&module)? {
             scan.notes.push(format!("{module}: quantised, though modules_to_not_convert names it"));
         }
         let codes = scan.need(&format!("{module}.qweight"), WORDS)?;

@@ -195,14 +195,28 @@ pub(super) fn matches(source: &str, pattern: &Regex, name: &str) -> Result<bool>
     })
 }
 
-/// transformers' `should_convert_module` turned around: is this module to be left as it is?
-pub(super) fn excluded(source: &str, list: &[&str], module: &str) -> Result<bool> {
-    for entry in list {
-        if module.ends_with(entry)
-            || matches(source, &pattern(source, &entry.replace('*', ".*").replace("..*", ".*"))?, module)?
-        {
-            return Ok(true);
-        }
+/// transformers' `should_convert_module` turned around: which modules are to be left as they are?
+pub(super) struct Excluded<'s> {
+    source: &'s str,
+    /// A name's end, and the same as a pattern: compiled once, since each of the modules is held against each entry.
+    entries: Vec<(&'s str, Regex)>,
+}
+
+impl<'s> Excluded<'s> {
+    /// What `modules_to_not_convert` names.
+    pub(super) fn read(settings: &'s Settings<'_>) -> Result<Self> {
+        let source = settings.source.as_str();
+        let entry = |entry: &'s str| Ok((entry, pattern(source, &entry.replace('*', ".*").replace("..*", ".*"))?));
+        let entries = settings.list("modules_to_not_convert").into_iter().map(entry).collect::<Result<_>>()?;
+        Ok(Self { source, entries })
     }
-    Ok(false)
+
+    pub(super) fn names(&self, module: &str) -> Result<bool> {
+        for (entry, pattern) in &self.entries {
+            if module.ends_with(entry) || matches(self.source, pattern, module)? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
 }

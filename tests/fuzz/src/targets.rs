@@ -1,6 +1,8 @@
 //! What is fuzzed: each target takes any bytes and must neither panic nor hang nor fill the memory. The stable tests
 //! replay the corpus through the same functions (`tests/corpus.rs`).
 
+mod encoding;
+
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -13,6 +15,8 @@ use hf2onnx::lower::{self, Padding};
 use hf2onnx::opset::Target;
 use hf2onnx::read::{json_object, safetensors_header, safetensors_index};
 use serde_json::{Map, Value, json};
+
+pub use encoding::encoding;
 
 /// Most layers of a model that is fuzzed as far as its graph: thousands are tested elsewhere, and slow.
 const LAYERS: u64 = 6;
