@@ -255,10 +255,10 @@ pub struct FromCheckpoint {
     pub decoded: BTreeMap<String, String>,
 }
 
-/// The text that a model read to show the inputs of its matrices.
+/// The text that a model read to show the inputs of its matrices, or what it caches.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Calibrated {
-    /// How errors were weighed: `gptq`.
+    /// What was made of it: `gptq` weighs errors of matrices, `largest magnitude` gives scales of caches.
     pub method: &'static str,
     /// Hash of the text's file.
     pub sha256: String,

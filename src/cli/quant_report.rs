@@ -8,7 +8,7 @@ use clap::Args;
 use super::{Output, RuntimeOption, repo};
 use crate::bench;
 use crate::build::Logits;
-use crate::compile::{self, Weights, compile};
+use crate::compile::{self, KvCache, Weights, compile};
 use crate::element::ElementType;
 use crate::error::{Code, Error, Result};
 use crate::generate::defaults::Defaults;
@@ -154,6 +154,7 @@ impl QuantReport {
             allowed_tensors: self.allow_unused_tensor.clone(),
             weights: Weights::Pack { shard_size: None },
             recipe,
+            cache: KvCache::Float,
         }
     }
 
