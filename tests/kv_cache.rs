@@ -39,7 +39,7 @@ fn a_trained_model_loses_next_to_nothing() -> TestResult {
     let options = options(&kjv_llama(), "ort-cpu")?;
     build_with(&options, &float)?;
     with_int8_cache(&options, &int8)?;
-    let open = |model: &Path| Decoder::open(model, &session::Options { threads: 1, hidden_states: false });
+    let open = |model: &Path| Decoder::open(model, &session::Options { threads: 1, ..session::Options::default() });
     let windows = text_windows(&Tokenizer::open(&float)?, &kjv_llama().join("eval.txt"), WINDOW)?;
     let mut models = vec![open(&int8)?];
     assert!(models.iter().flat_map(Decoder::slots).all(|slot| slot.element == ElementType::I8));
