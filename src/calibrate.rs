@@ -5,8 +5,12 @@
 //! The moments of a large model do not fit in memory, so they are made in the order in which the matrices are written,
 //! for as many at a time as fit: the text is read once for each such group, by the layers up to the group's last one.
 //!
+//! The same reading gives the scales of caches in 8 bits ([`Calibration::cache_scales`]).
+//!
 //! Sums have one order on any number of threads; the activations are onnxruntime's. So the same text gives the same
 //! model on one machine, and another machine may round some weights differently.
+
+mod cache;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::Path;
@@ -14,7 +18,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use crate::build::Logits;
-use crate::compile::{self, Compiled, Options, Weights, Written, compile};
+use crate::compile::{self, Compiled, KvCache, Options, Weights, Written, compile};
 use crate::element::ElementType;
 use crate::error::{Code, Error, Result};
 use crate::graph::Dim;
@@ -56,6 +60,7 @@ pub struct Calibration {
     windows: Vec<Vec<i64>>,
     /// What a matrix is multiplied with and the length of that, by its expression over tensors.
     sites: BTreeMap<String, (BTreeSet<String>, usize)>,
+    caches: Vec<cache::CacheSite>,
     /// Matrices that will be asked for.
     announced: VecDeque<Option<Site>>,
     found: BTreeMap<Site, Arc<Inputs>>,
@@ -90,6 +95,7 @@ impl Calibration {
             // Takes no room where the checkpoint's files can be linked.
             weights: Weights::Link { hash: false },
             recipe: None,
+            cache: KvCache::Float,
             ..options.clone()
         };
         let compiled = compile(&plain)?;
@@ -97,11 +103,11 @@ impl Calibration {
         let (windows, tokens) = windows(&tokenizer, text, window)?;
         let hash = hash_file(text.path, &AtomicBool::new(false))?;
         let sha256 = hash.sha256.unwrap_or_default();
-        let sites = sites(&compiled);
+        let (sites, caches) = (sites(&compiled), cache::sites(&compiled.description.spec));
         let model = compile::write(&compiled, &plain, output, Force::Yes, |_| {})?;
         let record = Calibrated { method: "gptq", sha256, tokens, window };
         let (announced, found) = (VecDeque::new(), BTreeMap::new());
-        Ok(Self { model, windows, sites, announced, found, budget: BUDGET, record })
+        Ok(Self { model, windows, sites, caches, announced, found, budget: BUDGET, record })
     }
 
     /// The same with other memory for second moments, in bytes; those of one input are held in any case.

@@ -15,7 +15,7 @@ use crate::describe::{self, Description};
 use crate::element::ElementType;
 use crate::error::{Code, Error, Result};
 use crate::graph::Graph;
-use crate::lower::{self, Lowered, Padding, Precision, Stored};
+use crate::lower::{self, Cache, CacheScales, Lowered, Padding, Precision, Stored};
 use crate::opset::Target;
 use crate::read::{Repository, hash_bytes};
 use crate::recipe::{self, Calibrated, Quantization, Recipe};
@@ -50,6 +50,27 @@ pub struct Options {
     pub weights: Weights,
     /// How matrices are quantised; without it they stay what they are, and so do those that a checkpoint has quantised.
     pub recipe: Option<Recipe>,
+    /// What caches of keys and values are held in.
+    pub cache: KvCache,
+}
+
+/// What caches of keys and values are held in.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub enum KvCache {
+    /// In what is computed in.
+    #[default]
+    Float,
+    /// In int8, with a scale for each element of each head. Without scales a model compiles, but is not written.
+    Int8(Option<Measured>),
+}
+
+/// Scales of caches, and the text on which they were measured.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Measured {
+    /// The scales.
+    pub scales: CacheScales,
+    /// The text.
+    pub record: Calibrated,
 }
 
 /// Where a graph finds its weights.
@@ -193,6 +214,12 @@ pub fn write_calibrated(
     calibration: Option<(&mut dyn write::Calibration, Calibrated)>,
     progress: impl FnMut(u64) + Send,
 ) -> Result<Written> {
+    if options.cache == KvCache::Int8(None) {
+        return Err(Error::new(Code::UsageInvalid, "--kv-cache int8")
+            .found("no scales for what is cached")
+            .expected("those that were measured while the model read a text")
+            .help("give one: --calibrate FILE"));
+    }
     let (calibration, record) = calibration.unzip();
     let proto = stage!("encode", compiled.encode(options));
     write::check_space(output, compiled.layout.written_bytes().saturating_add(proto.len() as u64))?;
@@ -243,8 +270,12 @@ impl Written {
 
 impl Options {
     /// What lowering takes of it.
-    pub fn lowering<'s>(&self, stored: Option<&'s Stored>, precision: Option<&'s Precision>) -> lower::Options<'s> {
-        lower::Options { target: self.target, element: self.element, padding: self.padding, stored, precision }
+    pub fn lowering<'s>(&'s self, stored: Option<&'s Stored>, precision: Option<&'s Precision>) -> lower::Options<'s> {
+        let cache = match &self.cache {
+            KvCache::Float => Cache::Float,
+            KvCache::Int8(measured) => Cache::Int8(measured.as_ref().map(|measured| &measured.scales)),
+        };
+        lower::Options { target: self.target, element: self.element, padding: self.padding, stored, precision, cache }
     }
 
     /// What the graph computes in.
@@ -312,7 +343,7 @@ impl Compiled {
             onnx_file: format!("onnx/{}", self.file_name(options)),
             dtype: options.element,
             quantized: self.suffix().map(|suffix| suffix.trim_start_matches('_')),
-            cache: options.computed(),
+            cache: if options.cache == KvCache::Float { options.computed() } else { ElementType::I8 },
             data_files: self.layout.written.len(),
             vocab_size: spec.vocab_size,
             context_length: options.max_length.unwrap_or(spec.context_length).min(spec.context_length),

@@ -23,11 +23,12 @@
 //!
 //! Beside the pipeline: [`graph`] is the form of both graphs and their symbolic shapes, [`weight`] the language of
 //! transforms, [`quantize`] the arithmetic that turns matrices into small integers, [`recipe`] which matrices,
-//! [`calibrate`] what it is told of their inputs, [`encoding`] how quantised checkpoints store theirs, [`opset`] the
-//! operators and targets as data, [`onnx`] the file format's messages; [`runtime`] finds onnxruntime, and for a GPU
-//! CUDA's libraries, [`session`] runs a built directory on either and tells where its nodes run, [`generate`] continues
-//! text with it, [`bench`] measures it, [`quant_report`] compares ways to quantise, [`diff`] compares two directories,
-//! [`synth`] makes random checkpoints of a model's shapes, [`interrupt`] hears Ctrl-C, [`cli`] is the program.
+//! [`calibrate`] what it is told of their inputs and of caches, [`encoding`] how quantised checkpoints store theirs,
+//! [`opset`] the operators and targets as data, [`onnx`] the file format's messages; [`runtime`] finds onnxruntime, and
+//! for a GPU CUDA's libraries, [`session`] runs a built directory on either and tells where its nodes run, [`generate`]
+//! continues text with it, [`bench`] measures it, [`quant_report`] compares ways to quantise, [`diff`] compares two
+//! directories, [`synth`] makes random checkpoints of a model's shapes, [`interrupt`] hears Ctrl-C, [`cli`] is the
+//! program.
 //!
 //! # Invariants
 //!

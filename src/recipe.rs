@@ -129,6 +129,11 @@ impl Recipe {
         self.name == STORED
     }
 
+    /// Whether it rounds matrices that are floats.
+    pub fn quantises(&self) -> bool {
+        self.rules.iter().any(|rule| rule.scheme.is_some())
+    }
+
     /// The matrices of a model that this recipe quantises, or leaves quantised as `stored` says.
     pub fn precision(&self, model: &Graph<Model>, stored: Option<&Stored>) -> Precision {
         let names = matrices(model);
@@ -152,8 +157,7 @@ impl Recipe {
 
     /// An error if nothing was quantised: then the target can not do what was asked for.
     pub fn check(&self, plan: &Plan, notes: &[Note], target: &str) -> Result<()> {
-        let asked = self.rules.iter().any(|rule| rule.scheme.is_some());
-        if !asked || plan.initializers.iter().any(|initializer| initializer.quantized.is_some()) {
+        if !self.quantises() || plan.initializers.iter().any(|initializer| initializer.quantized.is_some()) {
             return Ok(());
         }
         let reasons: BTreeSet<&str> = notes.iter().map(|note| note.reason.as_str()).collect();
@@ -255,10 +259,10 @@ pub struct FromCheckpoint {
     pub decoded: BTreeMap<String, String>,
 }
 
-/// The text that a model read to show the inputs of its matrices.
+/// The text that a model read to show the inputs of its matrices, or what it caches.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Calibrated {
-    /// How errors were weighed: `gptq`.
+    /// What was made of it: `gptq` weighs errors of matrices, `largest magnitude` gives scales of caches.
     pub method: &'static str,
     /// Hash of the text's file.
     pub sha256: String,

@@ -14,7 +14,7 @@ use ort::value::{DynValue, ValueType};
 use crate::element::ElementType;
 use crate::error::{Code, Error, Result};
 use crate::runtime::Provider;
-use open::{environment, locate, not_opened, open_session, shares_buffers};
+use open::{Caches, environment, locate, not_opened, open_session};
 use placement::Profile;
 use value::{element_of, last_positions, tensor, to_floats, zeros};
 
@@ -168,8 +168,10 @@ impl Decoder {
         let profile = options.placement.then(Profile::new).transpose()?;
         let session = open_session(environment()?, &file, options, profile.as_ref());
         let session = session.map_err(|e| not_opened(&file, options, &e))?;
-        let (shared, provider, device) = (shares_buffers(path), options.provider, options.device()?);
-        Ok(Self { shared, provider, device, profile, ..Self::inspect(session, file)? })
+        let (caches, provider, device) = (Caches::of(path), options.provider, options.device()?);
+        let mut decoder = Self { shared: caches.shared, provider, device, profile, ..Self::inspect(session, file)? };
+        decoder.slots.iter_mut().for_each(|slot| caches.complete(slot));
+        Ok(decoder)
     }
 
     fn inspect(session: Session, file: PathBuf) -> Result<Self> {
@@ -318,7 +320,7 @@ impl Decoder {
     }
 }
 
-fn refused(file: &Path, error: &ort::Error) -> Error {
+fn refused(file: &Path, error: impl std::fmt::Display) -> Error {
     Error::new(Code::RuntimeFailed, file.display()).found(error)
 }
 
@@ -370,6 +372,14 @@ mod tests {
         assert_eq!(slot_of("past_conv.0", &cache, &outputs).unwrap().present, "present_conv.0");
         assert!(slot_of("past_ssm.0", &cache, &outputs).unwrap_err().contains("past_ssm.0"));
         assert!(slot_of("token_type_ids", &cache, &outputs).unwrap_err().contains("unknown input"));
+    }
+
+    #[test]
+    fn a_head_whose_size_has_a_name() {
+        let cache = state(["batch_size", "", "past_sequence_length", "kv_cache_dim"], [-1, 2, -1, -1]);
+        let mut slot = slot_of("past_key_values.3.key", &cache, &["present.3.key".to_owned()]).unwrap();
+        Caches { shared: true, head_size: Some(32) }.complete(&mut slot);
+        assert_eq!(slot.shape, [Dim::Batch, Dim::Fixed(2), Dim::Length, Dim::Fixed(32)]);
     }
 
     #[test]

@@ -114,6 +114,58 @@ fn the_command_line_records_the_text() -> TestResult {
 }
 
 #[test]
+fn the_report_compares_with_and_without() -> TestResult {
+    let place = tempfile::tempdir_in(scratch())?;
+    let (repo, text, page) = (kjv_llama(), text(), place.path().join("report.html"));
+    let (repo, text, html) = (repo.to_string_lossy(), text.to_string_lossy(), page.to_string_lossy());
+    let few = ["--calibrate", &text, "--calibrate-tokens", "2000", "--tokens", "1200", "--repeat", "0"];
+    let ran = hf2onnx(["--json", "quant-report", &repo, "--schemes", "int4", "--html", &html].into_iter().chain(few))?;
+    assert!(ran.status.success(), "{}", String::from_utf8_lossy(&ran.stderr));
+    let json: serde_json::Value = serde_json::from_slice(&ran.stdout)?;
+    let schemes = json["schemes"].as_array().ok_or("no schemes")?;
+    let [plain, better] = schemes.as_slice() else { return Err(format!("{json}").into()) };
+    assert_eq!([&plain["name"], &better["name"]], ["int4", "int4:calibrated"]);
+    assert_eq!(plain["bytes"].as_u64().ok_or("no size")?, better["bytes"].as_u64().ok_or("no size")?);
+    let kl = |scheme: &serde_json::Value| scheme["kl_mean"].as_f64().ok_or("no divergence");
+    let (before, after) = (kl(plain)?, kl(better)?);
+    eprintln!("{before} -> {after}");
+    assert!(after < 0.95 * before, "{after} calibrated, {before} without");
+    assert!(plain.get("calibration").is_none());
+    let record = &better["calibration"];
+    assert_eq!([&record["text"], &record["method"]], ["calibration.txt", "gptq"]);
+    assert_eq!(record["tokens"], 2000);
+    let sentence = "calibrated (GPTQ) on 2000 tokens of calibration.txt: int4:calibrated";
+    assert!(fs::read_to_string(&page)?.contains(sentence));
+
+    // Where schemes say which of them are calibrated, no others are.
+    let ran = hf2onnx(["quant-report", &repo, "--schemes", "int8,int4:f16:calibrated"].into_iter().chain(few))?;
+    let table = String::from_utf8_lossy(&ran.stdout);
+    let rows: Vec<&str> = table.lines().filter_map(|line| line.split_once("  ")).map(|(name, _)| name).collect();
+    assert_eq!(rows, ["scheme", "float32", "int8", "int4:f16:calibrated"], "{table}");
+    assert!(table.contains("of calibration.txt: int4:f16:calibrated\n"), "{table}");
+    Ok(())
+}
+
+#[test]
+fn the_report_says_what_calibrated_needs() -> TestResult {
+    let (repo, text) = (kjv_llama(), text());
+    let (repo, text) = (repo.to_string_lossy(), text.to_string_lossy());
+    for (arguments, reason) in [
+        (vec!["--schemes", "q4,int4:f16:calibrated"], "`calibrated` in `int4:f16:calibrated`, without --calibrate"),
+        (vec!["--schemes", "float:calibrated", "--calibrate", &text], "`float:calibrated`, which rounds nothing"),
+        (vec!["--schemes", "float", "--calibrate", &text], "beside float, which round nothing"),
+        (vec!["--calibrate", &text, "--with", "q4:calibrated=x"], "`q4:calibrated` twice"),
+        (vec!["--calibrate", &text, "--calibrate-tokens", "100"], "100 tokens of"),
+    ] {
+        let ran = hf2onnx(["quant-report", &repo].into_iter().chain(arguments.clone()))?;
+        let said = String::from_utf8_lossy(&ran.stderr);
+        assert!(!ran.status.success() && said.contains("usage-invalid"), "{arguments:?}: {said}");
+        assert!(said.contains(reason) && !said.contains("building"), "{arguments:?}: {said}");
+    }
+    Ok(())
+}
+
+#[test]
 fn what_can_not_be_calibrated_on() -> TestResult {
     let place = tempfile::tempdir_in(scratch())?;
     let short = place.path().join("short.txt");
@@ -135,6 +187,7 @@ fn what_can_not_be_calibrated_on() -> TestResult {
     let error = refused(&Options { repository: bare, ..options }, &text()).ok_or("no tokenizer was needed")?;
     assert_eq!(error.code, Code::TokenizerInvalid);
     let alone = hf2onnx(["build", "x", "--output", "y", "--calibrate", "z"])?;
-    assert_eq!(alone.status.code(), Some(2));
+    let stderr = String::from_utf8_lossy(&alone.stderr);
+    assert!(!alone.status.success() && stderr.contains("neither --quant nor --kv-cache int8"), "{stderr}");
     Ok(())
 }

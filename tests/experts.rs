@@ -18,8 +18,14 @@ fn operators(case: &str, key: &str, experts: usize, target: &'static Target) -> 
     let template = describe::choose(&config, None)?;
     let spec = describe::describe(&template, &config, &[])?.spec;
     let model = build::decoder(&spec, Logits::All)?;
-    let options =
-        lower::Options { target, element: ElementType::F32, padding: Padding::Any, stored: None, precision: None };
+    let options = lower::Options {
+        target,
+        element: ElementType::F32,
+        padding: Padding::Any,
+        stored: None,
+        precision: None,
+        cache: lower::Cache::Float,
+    };
     let lowered = lower::lower(&model, &options)?;
     Ok(lowered.graph.nodes.iter().map(|node| format!("{} {}", node.name, node.op.op_type)).collect())
 }

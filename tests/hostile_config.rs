@@ -32,7 +32,14 @@ fn graphs(template: &Template, config: &Map<String, Value>) -> Result<()> {
     for target in Target::all()? {
         lower::lower(
             &model,
-            &lower::Options { target, element: ElementType::F32, padding: Padding::Any, stored: None, precision: None },
+            &lower::Options {
+                target,
+                element: ElementType::F32,
+                padding: Padding::Any,
+                stored: None,
+                precision: None,
+                cache: lower::Cache::Float,
+            },
         )?;
     }
     Ok(())

@@ -224,7 +224,7 @@ fn well_formed(html: &str) -> TestResult {
 #[test]
 fn the_report_shows_every_scheme_and_escapes_names() -> TestResult {
     let place = tempfile::tempdir_in(scratch())?;
-    let entry = |name: &str, dir: &str| Entry { name: name.to_owned(), dir: place.path().join(dir) };
+    let entry = |name: &str, dir: &str| Entry { name: name.to_owned(), dir: place.path().join(dir), calibration: None };
     let reference = entry("float32", "float");
     build(&reference.dir, None)?;
     let entries = [entry("<b>\"q\" & 'x'", "int4"), entry("int8", "int8"), entry("same", "float")];

@@ -24,6 +24,7 @@ use crate::graph::{Dim, Graph, Symbol, Type, ValueId};
 use crate::spec::{HeadTransform, Layer, ModelSpec, Norm, PerLayer};
 use layer::Stream;
 use states::{State, states};
+pub use states::{caches, is_cache};
 
 /// Which positions' logits a graph computes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

@@ -11,7 +11,7 @@ use super::verify::{judge, print_report};
 use super::{Output, RuntimeOption, repo};
 use crate::build::Logits;
 use crate::calibrate::Calibration;
-use crate::compile::{self, Compiled, Cost, Weights, Written, compile};
+use crate::compile::{self, Compiled, Cost, KvCache, Weights, Written, compile};
 use crate::element::ElementType;
 use crate::error::{Code, Error, Result};
 use crate::golden::Golden;
@@ -159,6 +159,7 @@ impl ModelOptions {
             return Err(Error::new(Code::UsageInvalid, "--max-length").found(0).expected("a length from 1 up"));
         }
         self.check_dtype()?;
+        let cache = self.quantization.cache()?;
         Ok(compile::Options {
             repository: repo::directory(&self.repo, output)?,
             template: self.template.clone(),
@@ -171,6 +172,7 @@ impl ModelOptions {
             },
             weights: self.weights()?,
             recipe: self.quantization.recipe()?,
+            cache,
             padding: match self.padding {
                 Padding::Any => lower::Padding::Any,
                 Padding::Right => lower::Padding::Right,
@@ -215,16 +217,20 @@ impl ModelOptions {
 impl Build {
     /// Runs the command.
     pub(super) fn run(self, output: &mut Output) -> Result<()> {
-        let options = self.model.compile_options(output)?;
+        let mut options = self.model.compile_options(output)?;
         let golden = self.golden(&options.repository)?;
-        let compiled = compile(&options)?;
+        let mut compiled = compile(&options)?;
         if self.dry_run {
             return self.foretell(&compiled, &options, output);
         }
         let force = if self.force { Force::Yes } else { Force::No };
-        let bar = progress_bar(compiled.layout.written_bytes(), output);
         let mut calibration = self.calibration(&options, output)?;
-        let known = calibration.as_mut().map(|calibration| {
+        if let (KvCache::Int8(_), Some(calibration)) = (&options.cache, &calibration) {
+            options.cache = KvCache::Int8(Some(calibration.cache_scales()?));
+            compiled = compile(&options)?;
+        }
+        let bar = progress_bar(compiled.layout.written_bytes(), output);
+        let known = calibration.as_mut().filter(|_| options.recipe.is_some()).map(|calibration| {
             let record = calibration.record.clone();
             (calibration as &mut dyn write::Calibration, record)
         });
@@ -232,7 +238,10 @@ impl Build {
         drop(calibration);
         bar.finish_and_clear();
         let report = match &self.verify {
-            Some(_) => Some(self.verify(&options, &mut written, (golden.as_ref(), compiled.has_integers()), output)?),
+            Some(_) => {
+                let rounded = compiled.has_integers() || options.cache != KvCache::Float;
+                Some(self.verify(&options, &mut written, (golden.as_ref(), rounded), output)?)
+            }
             None => None,
         };
         let notes = written.files.notes.clone();

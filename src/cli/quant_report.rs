@@ -8,36 +8,44 @@ use clap::Args;
 use super::{Output, RuntimeOption, repo};
 use crate::bench;
 use crate::build::Logits;
-use crate::compile::{self, Weights, compile};
+use crate::calibrate::{self, Text};
+use crate::compile::{self, KvCache, Weights, compile};
 use crate::element::ElementType;
 use crate::error::{Code, Error, Result};
 use crate::generate::defaults::Defaults;
 use crate::golden::Golden;
 use crate::lower::Padding;
 use crate::opset::Target;
-use crate::quant_report::{Entry, Plan, Tokens, page, run};
+use crate::quant_report::{Calibration, Entry, Plan, Tokens, page, run};
 use crate::quantize;
 use crate::recipe::{Changes, Recipe};
 use crate::session;
 use crate::tokenizer::Tokenizer;
 use crate::verify::scenario::Prompt;
 use crate::verify::{WINDOW, Window, prompt_windows, text_windows};
-use crate::write::Force;
+use crate::write::{self, Force};
 
 /// Compare ways to quantise a model: size, what it loses, and speed.
 ///
 /// Builds the model in float32 and by each scheme, runs all of them over the same text, and measures their speeds in
 /// turns. A scheme is a name that `build --quant` takes, and words after colons that change it: sym, asym, nearest,
-/// search, f16 (scales), a block size.
+/// search, f16 (scales), a block size, and calibrated, which takes --calibrate.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  hf2onnx quant-report golden/kjv-llama --html report.html\n  \
-    hf2onnx quant-report REPO --schemes int4:nearest,int4,q4-mixed --text eval.txt --with other=out/other")]
+    hf2onnx quant-report REPO --schemes int4:nearest,int4,q4-mixed --text eval.txt --with other=out/other\n  \
+    hf2onnx quant-report REPO --schemes q4,q4:calibrated,int4:f16:calibrated --calibrate text.txt")]
 pub(super) struct QuantReport {
     /// A directory with config.json and safetensors files, or a model of the Hugging Face hub: org/name[@revision]
     repo: PathBuf,
     /// Schemes, in the order of the report
     #[arg(long, value_name = "S,S", value_delimiter = ',', default_value = "q4,q4-mixed,int8")]
     schemes: Vec<String>,
+    /// The text that the float build reads for calibrated schemes; where none is, each is compared with and without
+    #[arg(long, value_name = "FILE")]
+    calibrate: Option<PathBuf>,
+    /// Tokens of that text to read at most
+    #[arg(long, value_name = "N", requires = "calibrate", default_value_t = calibrate::TOKENS)]
+    calibrate_tokens: usize,
     /// A directory built elsewhere, compared too (repeatable)
     #[arg(long, value_name = "NAME=DIR")]
     with: Vec<String>,
@@ -88,26 +96,23 @@ fn target(name: &str) -> Result<&'static Target, String> {
 impl QuantReport {
     /// Runs the command.
     pub(super) fn run(self, output: &mut Output) -> Result<()> {
-        let recipes = self.schemes.iter().map(|scheme| Ok((scheme.as_str(), recipe(scheme)?)));
-        let recipes = recipes.collect::<Result<Vec<_>>>()?;
+        let schemes = self.schemes()?;
         let others = self.with.iter().map(|with| entry(with)).collect::<Result<Vec<_>>>()?;
-        check_names(&self.schemes, &others)?;
+        check_names(&schemes, &others)?;
         let repository = repo::directory(&self.repo, output)?;
         let tokens = self.tokens(&repository)?;
         let library = self.runtime.ensure(output)?;
         let place = Place::new(self.keep.as_deref())?;
-        let build = |name: &str, recipe: Option<Recipe>| {
-            output.say(&format!("building {name}"));
-            let dir = place.path().join(name.replace(':', "-"));
-            let options = self.compile_options(&repository, recipe);
-            compile::write(&compile(&options)?, &options, &dir, Force::Yes, |_| {})?.commit()?;
-            Ok(Entry { name: name.to_owned(), dir })
-        };
-        let reference = build("float32", Some(Recipe::new("float", &Changes::default())?))?;
+        // Before anything is built: a text may be too short.
+        let mut calibration = self.calibration(&repository, place.path())?;
+        let reference = self.build(&Scheme::reference()?, &repository, &place, None, output)?;
         let mut entries = Vec::new();
-        for (name, recipe) in recipes {
-            entries.push(build(name, Some(recipe))?);
+        for scheme in &schemes {
+            let known = calibration.as_mut().filter(|_| scheme.calibrated);
+            entries.push(self.build(scheme, &repository, &place, known, output)?);
         }
+        // The memory of what it found is for the sessions.
+        drop(calibration);
         entries.extend(others);
         output.say("comparing");
         let plan = Plan { threads: self.threads, speed: (self.repeat > 0).then(|| self.speed()) };
@@ -120,6 +125,59 @@ impl QuantReport {
         }
         output.piece(&report.to_string());
         Ok(())
+    }
+
+    /// The schemes to build. Where a text is there and none of them asks for it, each comes with it and without.
+    fn schemes(&self) -> Result<Vec<Scheme>> {
+        let schemes = self.schemes.iter().map(|scheme| Scheme::parse(scheme)).collect::<Result<Vec<_>>>()?;
+        let asking = schemes.iter().find(|scheme| scheme.calibrated);
+        match (&self.calibrate, asking) {
+            (None, Some(scheme)) => Err(Error::new(Code::UsageInvalid, "--schemes")
+                .found(format!("`{CALIBRATED}` in `{}`, without --calibrate", scheme.name))
+                .expected("a text for the float build to read")
+                .help("give --calibrate FILE: some pages of the kind that the model will read")),
+            (Some(_), None) => {
+                if !schemes.iter().any(|scheme| scheme.recipe.quantises()) {
+                    return Err(Error::new(Code::UsageInvalid, "--calibrate")
+                        .found(format!("it beside {}, which round nothing", self.schemes.join(", ")))
+                        .expected("a scheme that rounds, such as q4"));
+                }
+                let both = |scheme: Scheme| {
+                    let other = scheme.recipe.quantises().then(|| scheme.with_calibration());
+                    [Some(scheme), other].into_iter().flatten()
+                };
+                Ok(schemes.into_iter().flat_map(both).collect())
+            }
+            _ => Ok(schemes),
+        }
+    }
+
+    /// The float build that shows what matrices are multiplied with, for all calibrated schemes.
+    fn calibration(&self, repository: &Path, place: &Path) -> Result<Option<calibrate::Calibration>> {
+        let Some(path) = self.calibrate.as_deref() else { return Ok(None) };
+        let text = Text { path, tokens: self.calibrate_tokens };
+        // Never put in its place: no scheme has that name.
+        let float = place.join(CALIBRATED);
+        calibrate::Calibration::new(&self.compile_options(repository, None), &text, &float).map(Some)
+    }
+
+    fn build(
+        &self,
+        scheme: &Scheme,
+        repository: &Path,
+        place: &Place,
+        calibration: Option<&mut calibrate::Calibration>,
+        output: &Output,
+    ) -> Result<Entry> {
+        output.say(&format!("building {}", scheme.name));
+        let dir = place.path().join(scheme.name.replace(':', "-"));
+        let options = self.compile_options(repository, Some(scheme.recipe.clone()));
+        let record = calibration.as_ref().map(|calibration| calibration.record.clone());
+        let known = calibration.map(|known| known as &mut dyn write::Calibration).zip(record.clone());
+        compile::write_calibrated(&compile(&options)?, &options, &dir, Force::Yes, known, |_| {})?.commit()?;
+        let text = self.calibrate.as_deref().map(file_name).unwrap_or_default();
+        let calibration = record.map(|record| Calibration { text, record });
+        Ok(Entry { name: scheme.name.clone(), dir, calibration })
     }
 
     /// What the report calls the model: not where the user keeps it.
@@ -154,6 +212,7 @@ impl QuantReport {
             allowed_tensors: self.allow_unused_tensor.clone(),
             weights: Weights::Pack { shard_size: None },
             recipe,
+            cache: KvCache::Float,
         }
     }
 
@@ -167,8 +226,7 @@ impl QuantReport {
         let tokens = match (self.text.clone().or(recorded.map(|evaluation| evaluation.text)), golden) {
             (Some(text), _) => {
                 let windows = text_windows(&Tokenizer::open(repository)?, &text, window)?;
-                let name = text.file_name().unwrap_or_default().to_string_lossy().into_owned();
-                Tokens { name, windows }
+                Tokens { name: file_name(&text), windows }
             }
             (None, Some(golden)) => {
                 let Golden { input_ids: ids, attention_mask: mask, position_ids: positions, .. } = golden;
@@ -220,28 +278,62 @@ impl Place {
     }
 }
 
-/// `q4`, `int4:asym:64`.
-fn recipe(scheme: &str) -> Result<Recipe> {
-    let mut words = scheme.split(':');
-    let name = words.next().unwrap_or_default();
-    let mut changes = Changes::default();
-    for word in words {
-        match word {
-            "sym" => changes.symmetric = Some(true),
-            "asym" => changes.symmetric = Some(false),
-            "nearest" => changes.algorithm = Some(quantize::Algorithm::Nearest),
-            "search" => changes.algorithm = Some(quantize::Algorithm::Search),
-            "f16" => changes.scales = Some(quantize::ScaleType::Float16),
-            size => {
-                changes.block_size = Some(size.parse().map_err(|_| {
-                    Error::new(Code::UsageInvalid, "--schemes")
-                        .found(format!("`{word}` in `{scheme}`"))
-                        .expected("sym, asym, nearest, search, f16 or a block size after a scheme's name")
-                })?);
+/// What the float build is called.
+const REFERENCE: &str = "float32";
+
+/// The word of a scheme that is calibrated.
+const CALIBRATED: &str = "calibrated";
+
+/// A way to quantise that is compared.
+struct Scheme {
+    name: String,
+    recipe: Recipe,
+    /// Whether errors are weighed by what matrices are multiplied with.
+    calibrated: bool,
+}
+
+impl Scheme {
+    /// What the others are compared with.
+    fn reference() -> Result<Self> {
+        let recipe = Recipe::new("float", &Changes::default())?;
+        Ok(Self { name: REFERENCE.to_owned(), recipe, calibrated: false })
+    }
+
+    /// `q4`, `int4:asym:64`, `q4:calibrated`.
+    fn parse(scheme: &str) -> Result<Self> {
+        let refused = |found: String| Error::new(Code::UsageInvalid, "--schemes").found(found);
+        let mut words = scheme.split(':');
+        let name = words.next().unwrap_or_default();
+        let (mut changes, mut calibrated) = (Changes::default(), false);
+        for word in words {
+            match word {
+                "sym" => changes.symmetric = Some(true),
+                "asym" => changes.symmetric = Some(false),
+                "nearest" => changes.algorithm = Some(quantize::Algorithm::Nearest),
+                "search" => changes.algorithm = Some(quantize::Algorithm::Search),
+                "f16" => changes.scales = Some(quantize::ScaleType::Float16),
+                CALIBRATED => calibrated = true,
+                size => {
+                    changes.block_size = Some(size.parse().map_err(|_| {
+                        refused(format!("`{word}` in `{scheme}`")).expected(
+                            "sym, asym, nearest, search, f16, calibrated or a block size after a scheme's name",
+                        )
+                    })?);
+                }
             }
         }
+        let recipe = Recipe::new(name, &changes).map_err(|error| Error { subject: "--schemes".to_owned(), ..error })?;
+        if calibrated && !recipe.quantises() {
+            return Err(refused(format!("`{scheme}`, which rounds nothing"))
+                .expected(format!("`{CALIBRATED}` after a scheme that rounds, such as q4:{CALIBRATED}")));
+        }
+        Ok(Self { name: scheme.to_owned(), recipe, calibrated })
     }
-    Recipe::new(name, &changes).map_err(|error| Error { subject: "--schemes".to_owned(), ..error })
+
+    /// The same, calibrated.
+    fn with_calibration(&self) -> Self {
+        Self { name: format!("{}:{CALIBRATED}", self.name), recipe: self.recipe.clone(), calibrated: true }
+    }
 }
 
 /// `NAME=DIR`.
@@ -250,13 +342,14 @@ fn entry(with: &str) -> Result<Entry> {
     let (name, dir) = parts.ok_or_else(|| {
         Error::new(Code::UsageInvalid, "--with").found(with).expected("NAME=DIR, such as other=out/dir")
     })?;
-    Ok(Entry { name: name.to_owned(), dir: PathBuf::from(dir) })
+    Ok(Entry { name: name.to_owned(), dir: PathBuf::from(dir), calibration: None })
 }
 
 /// Names are what rows and directories are told apart by.
-fn check_names(schemes: &[String], others: &[Entry]) -> Result<()> {
-    let mut seen = vec!["float32"];
-    for name in schemes.iter().map(String::as_str).chain(others.iter().map(|entry| entry.name.as_str())) {
+fn check_names(schemes: &[Scheme], others: &[Entry]) -> Result<()> {
+    let mut seen = vec![REFERENCE];
+    let schemes = schemes.iter().map(|scheme| scheme.name.as_str());
+    for name in schemes.chain(others.iter().map(|entry| entry.name.as_str())) {
         if seen.contains(&name) {
             return Err(Error::new(Code::UsageInvalid, "--schemes")
                 .found(format!("`{name}` twice"))
@@ -265,4 +358,9 @@ fn check_names(schemes: &[String], others: &[Entry]) -> Result<()> {
         seen.push(name);
     }
     Ok(())
+}
+
+/// What people call a file.
+fn file_name(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }

@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 
 use crate::calibrate::{self, Text};
-use crate::error::Result;
+use crate::compile::KvCache;
+use crate::error::{Code, Error, Result};
 use crate::quantize;
 use crate::recipe::{Changes, Recipe};
 
@@ -35,12 +36,23 @@ pub(super) struct QuantizationOptions {
     /// How products are computed: 0 open, 1 float32, 4 with 8-bit activations, the fastest on CPUs [default: 4]
     #[arg(long, value_name = "LEVEL")]
     accuracy_level: Option<i64>,
-    /// Weigh errors by what a matrix is multiplied with while the model reads this text
-    #[arg(long, value_name = "FILE", requires = "quant")]
+    /// Weigh errors by what a matrix is multiplied with while the model reads this text, and measure an int8 cache's scales
+    #[arg(long, value_name = "FILE")]
     calibrate: Option<PathBuf>,
     /// Tokens of that text to read at most
     #[arg(long, value_name = "N", requires = "calibrate", default_value_t = calibrate::TOKENS)]
     calibrate_tokens: usize,
+    /// What caches of keys and values are held in
+    #[arg(long, value_enum, default_value_t = CacheOption::Float)]
+    kv_cache: CacheOption,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum CacheOption {
+    /// What is computed in
+    Float,
+    /// int8, a quarter of float32, with a scale for each channel that --calibrate measures
+    Int8,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -71,6 +83,19 @@ impl QuantizationOptions {
     /// The text to calibrate on, if there is one.
     pub(super) fn text(&self) -> Option<Text<'_>> {
         self.calibrate.as_deref().map(|path| Text { path, tokens: self.calibrate_tokens })
+    }
+
+    /// What caches are held in; scales are still to be measured.
+    pub(super) fn cache(&self) -> Result<KvCache> {
+        let error = |flag: &str| Error::new(Code::UsageInvalid, flag);
+        match (self.kv_cache, &self.calibrate, &self.quant) {
+            (CacheOption::Float, Some(_), None) => Err(error("--calibrate")
+                .found("neither --quant nor --kv-cache int8 beside it")
+                .expected("something that is quantised by what the text shows")
+                .help("name a scheme: --quant SCHEME")),
+            (CacheOption::Float, ..) => Ok(KvCache::Float),
+            (CacheOption::Int8, ..) => Ok(KvCache::Int8(None)),
+        }
     }
 
     /// The recipe, if one was asked for.

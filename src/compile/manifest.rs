@@ -3,7 +3,7 @@
 use serde::Serialize;
 use serde_json::Value;
 
-use super::{Compiled, Options, Weights};
+use super::{Compiled, KvCache, Options, Weights};
 use crate::build::Logits;
 use crate::describe::Accounting;
 use crate::error::Result;
@@ -24,6 +24,8 @@ pub(super) struct Manifest {
     logits: &'static str,
     weights: &'static str,
     quantization: Option<Quantization>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    kv_cache: Option<CacheRecord>,
     onnx: String,
     pub(super) verified: Option<Value>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -35,6 +37,14 @@ pub(super) struct Manifest {
     parameters: Vec<ParameterEntry>,
     dropped_tensors: std::collections::BTreeMap<String, String>,
     lowering: Vec<Note>,
+}
+
+/// A cache that is not float.
+#[derive(Debug, Serialize)]
+struct CacheRecord {
+    r#type: &'static str,
+    scales: &'static str,
+    calibration: Calibrated,
 }
 
 /// What a parameter was made from.
@@ -71,6 +81,13 @@ impl Manifest {
                 Logits::Last => "last",
             },
             quantization: compiled.quantization.clone(),
+            kv_cache: match &options.cache {
+                KvCache::Int8(Some(measured)) => {
+                    let calibration = measured.record.clone();
+                    Some(CacheRecord { r#type: "int8", scales: "per channel", calibration })
+                }
+                KvCache::Int8(None) | KvCache::Float => None,
+            },
             weights: match options.weights {
                 Weights::Pack { .. } => "pack",
                 Weights::Link { .. } => "link",

@@ -1,5 +1,6 @@
 //! Attention with a cache, in onnxruntime's operator, in ONNX's, or spelled out.
 
+use super::cache::{Cache, no_int8};
 use super::{Form, Lowerer, Operator, Padding};
 use crate::build::AttentionOp;
 use crate::element::ElementType;
@@ -38,6 +39,9 @@ impl Operands {
 impl Lowerer<'_> {
     pub(super) fn attention(&mut self, op: &AttentionOp, operands: &[ValueId]) -> Result<Vec<ValueId>> {
         let operands = Operands::new(op, operands)?;
+        if let Cache::Int8(_) = self.options.cache {
+            return self.attention_on_int8(op, operands);
+        }
         self.first_form("attention", |s, form| match form {
             super::aligned::FORM => s.aligned_attention(op, operands),
             "GroupQueryAttention" => s.group_query_attention(op, operands),
@@ -116,12 +120,32 @@ impl Lowerer<'_> {
             call = call.float("softcap", cap);
         }
         let (past_key, past_value) = operands.past.unzip();
+        let (call, scales) = self.int8_cache(op, call, [past_key, past_value])?;
         let mut inputs = vec![Some(operands.query), Some(operands.key), Some(operands.value), past_key, past_value];
         inputs.extend([Some(last), Some(total), None, None, None, bias, operands.sinks]);
+        inputs.extend(scales.into_iter().flatten().map(Some));
         while inputs.last() == Some(&None) {
             inputs.pop();
         }
         Ok(self.e.call(call, &inputs, [true; 3])?.to_vec())
+    }
+
+    /// The same on a cache in 8 bits, which this operator alone has: another form would be another cache.
+    fn attention_on_int8(&mut self, op: &AttentionOp, operands: Operands) -> Result<Vec<ValueId>> {
+        let has = self.options.target.forms("attention")?.iter().any(|form| form == "GroupQueryAttention");
+        let computed = self.compute();
+        let form = match (has, computed) {
+            (false, _) => {
+                Form::Refused(format!("target {}, whose attention has no such form", self.options.target.name))
+            }
+            // What the operator makes of such a cache was measured on the CPU, where it computes in float32.
+            (true, ElementType::F32) => self.group_query_attention(op, operands)?,
+            (true, _) => Form::Refused(format!("target {}, which computes in {computed}", self.options.target.name)),
+        };
+        match form {
+            Form::Done(results) => Ok(results),
+            Form::Refused(reason) => Err(no_int8(&reason)),
+        }
     }
 
     /// What `GroupQueryAttention` is not told by its attributes, `[B, 1 or N, S, T]`.

@@ -7,6 +7,7 @@
 mod activation;
 mod aligned;
 mod attention;
+mod cache;
 mod combination;
 mod emit;
 mod indexer;
@@ -21,6 +22,7 @@ mod quantized;
 mod rope;
 mod rotary;
 
+pub use cache::{Cache, CacheScales};
 pub use link::Stored;
 pub use onnx_graph::{Attribute, Constant, MICROSOFT, Onnx, Operator, Part, Quantized};
 pub use quantized::Precision;
@@ -58,6 +60,8 @@ pub struct Options<'s> {
     pub stored: Option<&'s Stored>,
     /// Which matrices are held as integers.
     pub precision: Option<&'s Precision>,
+    /// What caches of keys and values are held in.
+    pub cache: Cache<'s>,
 }
 
 /// An ONNX graph, and why it is not made of better operators.
@@ -104,7 +108,9 @@ pub fn lower(model: &Graph<Model>, options: &Options) -> Result<Lowered> {
     lowerer.order_kept = lowerer.keeps_order(model)?;
     for id in &model.inputs {
         let value = model.value(*id);
-        let lowered = lowerer.e.graph.add_input(&value.name, lowerer.ty(&value.ty));
+        let mut ty = lowerer.ty(&value.ty);
+        ty.element = lowerer.input_element(&value.name, ty.element);
+        let lowered = lowerer.e.graph.add_input(&value.name, ty);
         lowerer.values.insert(*id, lowered);
         lowerer.named.insert(lowered);
     }

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::{Report, Speed, megabytes};
+use super::{Calibration, Report, Speed, megabytes};
 use crate::verify::PerplexityChange;
 
 /// Layers that are named.
@@ -56,6 +56,23 @@ impl Report {
         let cores = self.machine.cores.map_or_else(String::new, |cores| format!(", {cores} cores"));
         format!("{} positions of {}; onnxruntime {version} on {cpu}{cores}", positions, self.tokens)
     }
+
+    /// A sentence for each text that schemes were calibrated on.
+    pub(super) fn calibrations(&self) -> Vec<String> {
+        let mut texts: Vec<(&Calibration, Vec<&str>)> = Vec::new();
+        for scheme in &self.schemes {
+            let Some(calibration) = &scheme.calibration else { continue };
+            match texts.iter_mut().find(|(known, _)| *known == calibration) {
+                Some((_, names)) => names.push(&scheme.name),
+                None => texts.push((calibration, vec![&scheme.name])),
+            }
+        }
+        let sentence = |(Calibration { text, record }, names): &(&Calibration, Vec<&str>)| {
+            let (names, method) = (names.join(", "), record.method.to_uppercase());
+            format!("calibrated ({method}) on {} tokens of {text}: {names}", record.tokens)
+        };
+        texts.iter().map(sentence).collect()
+    }
 }
 
 fn decode(speed: Option<&Speed>) -> String {
@@ -69,7 +86,11 @@ pub(super) fn small(value: f64) -> String {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "{}: {}\n", self.model, self.setting())?;
+        writeln!(f, "{}: {}", self.model, self.setting())?;
+        for sentence in self.calibrations() {
+            writeln!(f, "{sentence}")?;
+        }
+        writeln!(f)?;
         let mut rows = vec![HEADS.map(str::to_owned)];
         rows.extend(self.rows());
         let width = |column: usize| rows.iter().map(|row| row.get(column).map_or(0, |c| c.chars().count())).max();

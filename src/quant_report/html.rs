@@ -40,6 +40,9 @@ pub fn page(report: &Report) -> String {
         escape(&title),
         escape(&report.setting()),
     );
+    for sentence in report.calibrations() {
+        let _ = writeln!(html, "<p class=\"soft\">{}</p>", escape(&sentence));
+    }
     table(&mut html, report);
     let _ = write!(
         html,

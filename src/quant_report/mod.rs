@@ -13,6 +13,7 @@ use serde::Serialize;
 
 use crate::bench::{self, Machine, Point, Spread};
 use crate::error::Result;
+use crate::recipe::Calibrated;
 use crate::session::{Decoder, Options};
 use crate::verify::{Loss, Window, compare_builds, size_on_disk};
 
@@ -25,6 +26,18 @@ pub struct Entry {
     pub name: String,
     /// The directory.
     pub dir: PathBuf,
+    /// What it was calibrated on, where that is known.
+    pub calibration: Option<Calibration>,
+}
+
+/// The text that the float build read before a build was quantised.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Calibration {
+    /// What it is, for people: the name of its file.
+    pub text: String,
+    /// How much of it was read, and how.
+    #[serde(flatten)]
+    pub record: Calibrated,
 }
 
 /// The tokens over which builds are compared.
@@ -78,6 +91,9 @@ pub struct Reference {
 pub struct Scheme {
     /// What it is called.
     pub name: String,
+    /// What it was calibrated on, where that is known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub calibration: Option<Calibration>,
     /// Bytes of its graph and weights.
     pub bytes: u64,
     /// What it lost.
@@ -133,7 +149,8 @@ pub fn run(
     };
     let mut schemes = Vec::new();
     for ((entry, loss), speed) in entries.iter().zip(losses).zip(speeds) {
-        schemes.push(Scheme { name: entry.name.clone(), bytes: size_on_disk(&entry.dir)?, loss, speed });
+        let (name, calibration) = (entry.name.clone(), entry.calibration.clone());
+        schemes.push(Scheme { name, calibration, bytes: size_on_disk(&entry.dir)?, loss, speed });
     }
     Ok(Report { model, tokens: tokens.name.clone(), runtime, machine: Machine::this(), reference, schemes })
 }

@@ -152,8 +152,14 @@ fn check(template: &Template, repository: &Repository) -> Result<()> {
     let description = describe::describe(template, &repository.config, &[])?;
     let model = build::decoder(&description.spec, Logits::All)?;
     let target = Target::named("primitive")?;
-    let options =
-        lower::Options { target, element: ElementType::F32, padding: Padding::Any, stored: None, precision: None };
+    let options = lower::Options {
+        target,
+        element: ElementType::F32,
+        padding: Padding::Any,
+        stored: None,
+        precision: None,
+        cache: lower::Cache::Float,
+    };
     let lowered = lower::lower(&model, &options)?;
     let (rules, checkpoint) = (&description.rules, &repository.checkpoint);
     let parameters = bind::parameters(&model, rules, checkpoint)?;

@@ -10,7 +10,7 @@ use ort::session::builder::SessionBuilder;
 use prost::Message as _;
 
 use super::placement::Profile;
-use super::{HIDDEN, Options};
+use super::{Dim, HIDDEN, Options, StateSlot};
 use crate::error::{Code, Error, Result};
 use crate::onnx::{GraphProto, ModelProto, ValueInfoProto};
 use crate::runtime::Provider;
@@ -112,12 +112,32 @@ pub(super) fn locate(path: &Path) -> Result<PathBuf> {
     existing(found.into_iter().next().unwrap_or_else(|| path.join("onnx/model.onnx")))
 }
 
-/// True if `genai_config.json` says that past and present may be one buffer.
-pub(super) fn shares_buffers(directory: &Path) -> bool {
-    let config = fs::read(directory.join("genai_config.json")).ok();
-    let config: Option<serde_json::Value> = config.and_then(|text| serde_json::from_slice(&text).ok());
-    let share = config.as_ref().and_then(|config| config.pointer("/search/past_present_share_buffer"));
-    share.and_then(serde_json::Value::as_bool).unwrap_or(false)
+/// What `genai_config.json` says of the caches.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Caches {
+    /// True if past and present may be one buffer.
+    pub(super) shared: bool,
+    /// Size of a head.
+    pub(super) head_size: Option<usize>,
+}
+
+impl Caches {
+    /// That of a directory; nothing where there is none.
+    pub(super) fn of(directory: &Path) -> Self {
+        let config = fs::read(directory.join("genai_config.json")).ok();
+        let Some(config) = config.and_then(|text| serde_json::from_slice(&text).ok()) else { return Self::default() };
+        let config: serde_json::Value = config;
+        let shared = config.pointer("/search/past_present_share_buffer").and_then(serde_json::Value::as_bool);
+        let head_size = config.pointer("/model/decoder/head_size").and_then(serde_json::Value::as_u64);
+        Self { shared: shared.unwrap_or(false), head_size: head_size.and_then(|size| size.try_into().ok()) }
+    }
+
+    /// Other exporters give the size of a head a name as well.
+    pub(super) fn complete(self, slot: &mut StateSlot) {
+        if let ([.., Dim::Length, last @ Dim::Length], Some(size)) = (slot.shape.as_mut_slice(), self.head_size) {
+            *last = Dim::Fixed(size);
+        }
+    }
 }
 
 fn existing(file: PathBuf) -> Result<PathBuf> {
@@ -138,7 +158,7 @@ pub(super) fn environment() -> Result<&'static Environment> {
 }
 
 /// onnxruntime's refusal to open a file.
-pub(super) fn not_opened(file: &Path, options: &Options, error: &ort::Error) -> Error {
+pub(super) fn not_opened(file: &Path, options: &Options, error: impl std::fmt::Display) -> Error {
     let mut refused = super::refused(file, error);
     if options.provider == Provider::Cpu {
         return refused;
@@ -177,7 +197,7 @@ mod tests {
                      detected ; GPU=-1 ; hostname=vm ; expr=cudaSetDevice(); \n";
         let on = |provider| {
             let options = Options { provider, ..Options::default() };
-            not_opened(Path::new("model.onnx"), &options, &ort::Error::new(words))
+            not_opened(Path::new("model.onnx"), &options, words)
         };
         let error = on(Provider::Cuda);
         assert_eq!(error.found, "CUDA failure 100: no CUDA-capable device is detected");

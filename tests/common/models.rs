@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use hf2onnx::build::Logits;
-use hf2onnx::compile::{self, Compiled, Options, Weights, compile};
+use hf2onnx::compile::{self, Compiled, KvCache, Options, Weights, compile};
 use hf2onnx::element::ElementType;
 use hf2onnx::lower::Padding;
 use hf2onnx::opset::Target;
@@ -29,6 +29,7 @@ pub fn options(repository: &Path, target: &str) -> TestResult<Options> {
         allowed_tensors: Vec::new(),
         weights: Weights::Pack { shard_size: None },
         recipe: None,
+        cache: KvCache::Float,
     })
 }
 

@@ -109,8 +109,14 @@ fn graphs(config: &Map<String, Value>, template: Option<&Template>) {
         Err(error) => return says(&error),
     };
     for target in Target::all().unwrap_or_default() {
-        let options =
-            lower::Options { target, element: ElementType::F32, padding: Padding::Any, stored: None, precision: None };
+        let options = lower::Options {
+            target,
+            element: ElementType::F32,
+            padding: Padding::Any,
+            stored: None,
+            precision: None,
+            cache: lower::Cache::Float,
+        };
         if let Err(error) = lower::lower(&model, &options) {
             says(&error);
         }
