@@ -125,7 +125,7 @@ fn change_tensor(list: &mut Map<String, Value>, [kind, chosen, new, amount]: [u8
     let size = shape.get_mut(usize::from(new / 8) % count);
     match (new % 8, size) {
         (0, _) => {
-            *dtype = json!(one_of(&StoredType::ALL.iter().map(|dtype| dtype.as_str()).collect::<Vec<_>>(), amount))
+            *dtype = json!(one_of(&StoredType::ALL.iter().map(|dtype| dtype.as_str()).collect::<Vec<_>>(), amount));
         }
         (1, _) => drop(list.shift_remove(&name)),
         (2, _) => shape.push(json!(amount)),
