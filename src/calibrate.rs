@@ -23,7 +23,7 @@ use crate::element::ElementType;
 use crate::error::{Code, Error, Result};
 use crate::graph::Dim;
 use crate::lower::Padding;
-use crate::opset::Target;
+use crate::opset::{Positions, Target};
 use crate::quantize::{Inputs, Moments, Scheme};
 use crate::read::hash_file;
 use crate::recipe::Calibrated;
@@ -91,6 +91,8 @@ impl Calibration {
             target: Target::named("ort-cpu")?,
             element: ElementType::F32,
             padding: Padding::Right,
+            // Rotated keys are values of the graph, and can be looked at.
+            positions: Positions::Ids,
             logits: Logits::All,
             // Takes no room where the checkpoint's files can be linked.
             weights: Weights::Link { hash: false },
@@ -114,6 +116,17 @@ impl Calibration {
     #[must_use]
     pub fn with_budget(self, budget: usize) -> Self {
         Self { budget, ..self }
+    }
+
+    /// What a matrix is multiplied with, or all of the matrices that are joined in it.
+    fn site(&self, matrix: &Weight) -> Option<&(BTreeSet<String>, usize)> {
+        if let Some(known) = self.sites.get(&key(matrix)) {
+            return Some(known);
+        }
+        let Weight::Concat(0, parts) = matrix else { return None };
+        let mut sites = parts.iter().map(|part| self.sites.get(&key(part)));
+        let first = sites.next()??;
+        sites.all(|site| site == Some(first)).then_some(first)
     }
 
     /// Lets the model read the text for the next matrices, as many as fit.
@@ -153,7 +166,7 @@ impl Calibration {
 impl write::Calibration for Calibration {
     fn announce(&mut self, matrices: &[(&Weight, Scheme)]) {
         let site = |(matrix, scheme): &(&Weight, Scheme)| {
-            let (names, columns) = self.sites.get(&key(matrix))?.clone();
+            let (names, columns) = self.site(matrix)?.clone();
             Some(Site { names, columns, block: scheme.block_size() })
         };
         self.announced = matrices.iter().map(site).collect();

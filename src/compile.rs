@@ -16,7 +16,7 @@ use crate::element::ElementType;
 use crate::error::{Code, Error, Result};
 use crate::graph::Graph;
 use crate::lower::{self, Cache, CacheScales, Lowered, Padding, Precision, Stored};
-use crate::opset::Target;
+use crate::opset::{Positions, Target};
 use crate::read::{Repository, hash_bytes};
 use crate::recipe::{self, Calibrated, Quantization, Recipe};
 use crate::scaffold;
@@ -38,6 +38,8 @@ pub struct Options {
     pub element: ElementType,
     /// Padding that must be exact.
     pub padding: Padding,
+    /// Where the graph takes positions from.
+    pub positions: Positions,
     /// Which positions' logits are computed.
     pub logits: Logits,
     /// Longest sequence that consumers are told of; the model's own without it.
@@ -275,7 +277,8 @@ impl Options {
             KvCache::Float => Cache::Float,
             KvCache::Int8(measured) => Cache::Int8(measured.as_ref().map(|measured| &measured.scales)),
         };
-        lower::Options { target: self.target, element: self.element, padding: self.padding, stored, precision, cache }
+        let Self { target, element, padding, positions, .. } = *self;
+        lower::Options { target, element, padding, positions, stored, precision, cache }
     }
 
     /// What the graph computes in.
@@ -354,7 +357,7 @@ impl Compiled {
             head_size: attention.map_or(0, |a| a.key_size),
             share_buffer: fused == spec.layers.len(),
             provider: options.target.provider.clone(),
-            position_ids: true,
+            position_ids: options.positions == Positions::Ids,
         }
     }
 }

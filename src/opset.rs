@@ -47,6 +47,8 @@ pub struct Target {
     pub dtypes: Vec<ElementType>,
     /// What is computed in, where that is not the weights' type.
     pub compute: Option<ElementType>,
+    /// Where positions come from, if nothing is asked for.
+    pub positions: Positions,
     /// For each composite operator the forms to try, best first.
     pub lowering: BTreeMap<String, Vec<String>>,
     /// The execution provider that it is for, as onnxruntime-genai names it; none in particular if there is none.
@@ -55,6 +57,17 @@ pub struct Target {
     pub kernels: Option<Kernels>,
     /// What single operators ask of their operands there, beyond their schemas.
     limits: BTreeMap<String, Limits>,
+}
+
+/// Where a graph takes the positions of new tokens from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Positions {
+    /// From its input `position_ids`.
+    #[default]
+    Ids,
+    /// From `attention_mask`, whose kept tokens are counted; there is no such input.
+    Mask,
 }
 
 /// What an operator asks of its operands.
@@ -82,6 +95,8 @@ struct TargetFile {
     dtypes: Vec<String>,
     compute: Option<String>,
     provider: Option<String>,
+    #[serde(default)]
+    positions: Positions,
     opset: BTreeMap<String, u32>,
     lowering: BTreeMap<String, Vec<String>>,
     #[serde(default)]
@@ -147,6 +162,7 @@ impl Target {
             opsets: file.opset,
             lowering: file.lowering,
             provider: file.provider,
+            positions: file.positions,
             limits: file.limits,
             kernels: kernels.map(Kernels::parse).transpose().map_err(invalid)?,
         })

@@ -176,7 +176,8 @@ impl Recipe {
         for initializer in &plan.initializers {
             if let Some((scheme, Part::Data | Part::SignedData)) = initializer.quantized {
                 let counted = matrices.entry(scheme.to_string()).or_default();
-                counted.matrices += 1;
+                // Matrices that are read as one were some.
+                counted.matrices += initializer.weight.sources().len();
                 counted.bytes += initializer.bytes();
                 *suffixes.entry(scheme.bits()).or_default() += initializer.bytes();
                 if scheme.algorithm() == Algorithm::Stored {

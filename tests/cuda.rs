@@ -6,7 +6,7 @@ mod common;
 use common::{Case, TestResult, cases};
 use hf2onnx::compile::{Options, compile};
 use hf2onnx::element::ElementType;
-use hf2onnx::opset;
+use hf2onnx::opset::{self, Positions};
 use hf2onnx::recipe::{Changes, Recipe};
 use rayon::prelude::*;
 
@@ -36,6 +36,8 @@ fn every_node_has_a_kernel() -> TestResult {
         for element in DTYPES {
             jobs.push((case.name.clone(), Options { element, ..case.options(TARGET)? }));
         }
+        let (element, positions) = (ElementType::F16, Positions::Ids);
+        jobs.push((format!("{} by position_ids", case.name), Options { element, positions, ..case.options(TARGET)? }));
     }
     // Integers of each kind, where nothing else differs.
     for case in cases()? {

@@ -7,7 +7,7 @@ use hf2onnx::build::{self, Logits};
 use hf2onnx::describe;
 use hf2onnx::element::ElementType;
 use hf2onnx::lower::{self, Padding};
-use hf2onnx::opset::Target;
+use hf2onnx::opset::{Positions, Target};
 use hf2onnx::read::json_file;
 use serde_json::json;
 
@@ -22,6 +22,7 @@ fn operators(case: &str, key: &str, experts: usize, target: &'static Target) -> 
         target,
         element: ElementType::F32,
         padding: Padding::Any,
+        positions: Positions::Ids,
         stored: None,
         precision: None,
         cache: lower::Cache::Float,

@@ -18,6 +18,7 @@ use hf2onnx::generate::sampling::Sampling;
 use hf2onnx::generate::{Settings, generate};
 use hf2onnx::golden::Golden;
 use hf2onnx::lower::Padding;
+use hf2onnx::opset::Positions;
 use hf2onnx::session::{self, Decoder};
 use hf2onnx::tokenizer::Tokenizer;
 use hf2onnx::verify::{self, Outcome, Report, Verdict, against_golden};
@@ -126,8 +127,8 @@ fn for_the_cuda_provider_in_float32() -> TestResult {
 }
 
 /// Cases of which single positions go another way in float16 on the CPU, where attention accumulates in float16 as no
-/// GPU does: another expert for a token of the two mixtures, attention that is all but undecided for one of the other.
-const CHANCE: [&str; 3] = ["gpt_oss-a", "phi3-longrope", "phimoe-b"];
+/// GPU does: another expert for a token of the three mixtures, attention that is all but undecided for one of the other.
+const CHANCE: [&str; 4] = ["deepseek_v32", "gpt_oss-a", "phi3-longrope", "phimoe-b"];
 
 /// The graphs that are meant for a GPU, computed in float16 on the CPU, which has kernels or casts for all of it: held to
 /// what transformers in float16 is off by.
@@ -150,11 +151,29 @@ fn for_the_cuda_provider_in_float16() -> TestResult {
         job.options.logits = Logits::Last;
         jobs.push(job);
     }
+    must_hold("ort-cuda in float16", &in_float16(jobs))
+}
+
+/// The same with queries and keys rotated outside of attention, by the positions that are given.
+#[test]
+fn for_the_cuda_provider_in_float16_with_position_ids() -> TestResult {
+    let mut jobs = Vec::new();
+    for case in cases()? {
+        let typical = CHANCE.contains(&case.name.as_str());
+        let mut job = Job { typical, ..Job::new(&case, "ort-cuda")? };
+        job.name += " with --positions ids";
+        job.options.positions = Positions::Ids;
+        jobs.push(job);
+    }
+    must_hold("ort-cuda in float16 with --positions ids", &in_float16(jobs))
+}
+
+fn in_float16(mut jobs: Vec<Job>) -> Vec<Job> {
     for job in &mut jobs {
         job.name += " in float16";
         job.options.element = ElementType::F16;
     }
-    must_hold("ort-cuda in float16", &jobs)
+    jobs
 }
 
 /// Every case with its matrices in half precision, held to what rounding them does to transformers.
@@ -206,6 +225,23 @@ fn only_right_padding() -> TestResult {
         job.scenarios = &WITHOUT_LEFT;
     }
     must_hold("--padding right", &jobs)
+}
+
+/// Positions that are counted from the mask are those of the goldens. Where rows have no gaps, attention rotates.
+#[test]
+fn positions_from_the_mask() -> TestResult {
+    let mut jobs = jobs(&["llama", "gpt2", "llama4_text", "phi3-longrope"])?;
+    for case in cases()? {
+        let mut job = Job::new(&case, "ort-cpu")?;
+        job.name += " with --padding right";
+        (job.options.padding, job.scenarios) = (Padding::Right, &WITHOUT_LEFT);
+        jobs.push(job);
+    }
+    for job in &mut jobs {
+        job.name += " with --positions mask";
+        job.options.positions = Positions::Mask;
+    }
+    must_hold("--positions mask", &jobs)
 }
 
 #[test]

@@ -13,7 +13,7 @@ use hf2onnx::describe::{Catalogue, Template, choose, describe};
 use hf2onnx::element::ElementType;
 use hf2onnx::error::{Code, Error, Result};
 use hf2onnx::lower::{self, Padding};
-use hf2onnx::opset::Target;
+use hf2onnx::opset::{Positions, Target};
 use hf2onnx::read::json_object;
 use serde_json::{Map, Value, json};
 
@@ -36,6 +36,7 @@ fn graphs(template: &Template, config: &Map<String, Value>) -> Result<()> {
                 target,
                 element: ElementType::F32,
                 padding: Padding::Any,
+                positions: Positions::Ids,
                 stored: None,
                 precision: None,
                 cache: lower::Cache::Float,

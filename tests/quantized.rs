@@ -157,9 +157,17 @@ fn compare_integers(case: &Repository, compiled: &Compiled, output: &Path) -> Te
     let mut compared = 0;
     for (initializer, extent) in compiled.plan.initializers.iter().zip(&compiled.layout.extents) {
         let Some((scheme, part)) = initializer.quantized else { continue };
+        // Joined matrices lie one behind the other.
         let sources = initializer.weight.sources();
         let weight = catalogue.get(sources[0]).ok_or("no such weight")?;
-        let made = affine_rows(weight, case, 0..weight.rows(), None)?;
+        let mut made = affine_rows(weight, case, 0..weight.rows(), None)?;
+        for source in &sources[1..] {
+            let weight = catalogue.get(source).ok_or("no such weight")?;
+            let next = affine_rows(weight, case, 0..weight.rows(), None)?;
+            made.codes.extend(next.codes);
+            made.scales.extend(next.scales);
+            made.zeros.extend(next.zeros);
+        }
         let at = usize::try_from(extent.offset)?;
         let bytes = &data[at..at + usize::try_from(extent.length)?];
         let floats = |bytes: &[u8]| {

@@ -16,7 +16,7 @@ use crate::element::ElementType;
 use crate::error::{Code, Error, Result};
 use crate::golden::Golden;
 use crate::lower;
-use crate::opset::Target;
+use crate::opset::{self, Target};
 use crate::verify::{Options, Report, against_golden, consistency};
 use crate::write::{self, Force, LinkReport, free_space};
 
@@ -64,6 +64,9 @@ pub(super) struct ModelOptions {
     /// Padding for which the graph is exact; less is a little faster
     #[arg(long, value_enum, default_value_t = Padding::Any)]
     padding: Padding,
+    /// Where the graph takes the positions of new tokens from [default: mask for ort-cuda, ids for others]
+    #[arg(long, value_enum)]
+    positions: Option<Positions>,
     /// Positions whose logits are computed
     #[arg(long, value_enum, default_value_t = LogitsOption::All)]
     logits: LogitsOption,
@@ -116,6 +119,14 @@ enum Padding {
     Any,
     /// Right and none
     Right,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Positions {
+    /// From its input `position_ids`
+    Ids,
+    /// From `attention_mask`, whose ones are counted: the graph has no input `position_ids`, and attention can rotate queries and keys by itself
+    Mask,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -176,6 +187,11 @@ impl ModelOptions {
             padding: match self.padding {
                 Padding::Any => lower::Padding::Any,
                 Padding::Right => lower::Padding::Right,
+            },
+            positions: match self.positions {
+                None => self.target.positions,
+                Some(Positions::Ids) => opset::Positions::Ids,
+                Some(Positions::Mask) => opset::Positions::Mask,
             },
             logits: match self.logits {
                 LogitsOption::All => Logits::All,

@@ -206,6 +206,7 @@ impl QuantReport {
             target: self.target,
             element: ElementType::F32,
             padding: Padding::Any,
+            positions: self.target.positions,
             logits: Logits::All,
             max_length: None,
             allowed_keys: self.allow_unused_key.clone(),

@@ -9,6 +9,7 @@ use crate::describe::Accounting;
 use crate::error::Result;
 use crate::hub;
 use crate::lower::{Note, Padding};
+use crate::opset::Positions;
 use crate::read::{FileHash, hash_files};
 use crate::recipe::{Calibrated, Quantization};
 use crate::spec::ModelSpec;
@@ -21,6 +22,7 @@ pub(super) struct Manifest {
     target: String,
     dtype: String,
     padding: &'static str,
+    positions: &'static str,
     logits: &'static str,
     weights: &'static str,
     quantization: Option<Quantization>,
@@ -75,6 +77,10 @@ impl Manifest {
             padding: match options.padding {
                 Padding::Any => "any",
                 Padding::Right => "right",
+            },
+            positions: match options.positions {
+                Positions::Ids => "position_ids",
+                Positions::Mask => "attention_mask",
             },
             logits: match options.logits {
                 Logits::All => "all",

@@ -2,10 +2,11 @@
 
 use super::cache::{Cache, no_int8};
 use super::{Form, Lowerer, Operator, Padding};
-use crate::build::AttentionOp;
+use crate::build::{AttentionOp, Model};
 use crate::element::ElementType;
 use crate::error::{Code, Error, Result};
-use crate::graph::{Dim, Shape, ValueId};
+use crate::graph::{Dim, Graph, Shape, ValueId};
+use crate::spec::RopeLayout;
 
 /// What an attention reads.
 #[derive(Clone, Copy)]
@@ -18,6 +19,9 @@ struct Operands {
     sinks: Option<ValueId>,
     /// Added to the scores, `[B, 1, S, T]`
     bias: Option<ValueId>,
+    /// Cosine and sine of every place `[T, size / 2]`, and which elements pair up, if queries and keys are yet to be
+    /// rotated.
+    rotation: Option<([ValueId; 2], RopeLayout)>,
 }
 
 impl Operands {
@@ -32,13 +36,22 @@ impl Operands {
         let _mask = next()?;
         let sinks = if op.sinks { Some(next()?) } else { None };
         let bias = if op.bias { Some(next()?) } else { None };
-        Ok(Self { query, key, value, past, sinks, bias })
+        Ok(Self { query, key, value, past, sinks, bias, rotation: None })
     }
 }
 
 impl Lowerer<'_> {
-    pub(super) fn attention(&mut self, op: &AttentionOp, operands: &[ValueId]) -> Result<Vec<ValueId>> {
-        let operands = Operands::new(op, operands)?;
+    pub(super) fn attention(
+        &mut self,
+        op: &AttentionOp,
+        model: &Graph<Model>,
+        ids: &[ValueId],
+    ) -> Result<Vec<ValueId>> {
+        let operands: Vec<ValueId> = ids.iter().map(|id| self.value(model, *id)).collect::<Result<_>>()?;
+        let mut operands = Operands::new(op, &operands)?;
+        if let Some(rotation) = self.inside.rotation(ids.first()).cloned() {
+            operands.rotation = Some((self.place_table(model, &rotation)?, rotation.layout));
+        }
         if let Cache::Int8(_) = self.options.cache {
             return self.attention_on_int8(op, operands);
         }
@@ -111,8 +124,11 @@ impl Lowerer<'_> {
             .size("num_heads", op.heads)
             .size("kv_num_heads", op.kv_heads)
             .float("scale", op.scale)
-            .int("do_rotary", 0)
-            .int("rotary_interleaved", 0);
+            .int("do_rotary", operands.rotation.is_some().into())
+            .int(
+                "rotary_interleaved",
+                operands.rotation.is_some_and(|(_, layout)| layout == RopeLayout::Interleaved).into(),
+            );
         if let Some(window) = op.window {
             call = call.size("local_window_size", window);
         }
@@ -121,8 +137,11 @@ impl Lowerer<'_> {
         }
         let (past_key, past_value) = operands.past.unzip();
         let (call, scales) = self.int8_cache(op, call, [past_key, past_value])?;
-        let mut inputs = vec![Some(operands.query), Some(operands.key), Some(operands.value), past_key, past_value];
-        inputs.extend([Some(last), Some(total), None, None, None, bias, operands.sinks]);
+        let (cos, sin) = operands.rotation.map(|([cos, sin], _)| (cos, sin)).unzip();
+        let packed = self.siblings.is_whole(operands.query);
+        let [key, value] = [operands.key, operands.value].map(|id| (!packed).then_some(id));
+        let mut inputs = vec![Some(operands.query), key, value, past_key, past_value];
+        inputs.extend([Some(last), Some(total), cos, sin, None, bias, operands.sinks]);
         inputs.extend(scales.into_iter().flatten().map(Some));
         while inputs.last() == Some(&None) {
             inputs.pop();

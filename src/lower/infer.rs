@@ -74,7 +74,7 @@ pub(super) fn infer(op: &Operator, operands: &[Option<Operand>]) -> Result<Vec<I
         "TopK" => top_k(op, x, get(1)?)?,
         "SkipSimplifiedLayerNormalization" | "SkipLayerNormalization" => (0..4).flat_map(|_| same()).collect(),
         "Attention" => attention(op, x, operands)?,
-        "GroupQueryAttention" => caches(x.ty, &[get(3)?.ty, get(4)?.ty], &x.ty.shape, Some(one(get(6)?)?))?,
+        "GroupQueryAttention" => group_query(op, x, &[get(3)?.ty, get(4)?.ty], one(get(6)?)?)?,
         _ if ELEMENTWISE.contains(&op.op_type) => same(),
         other => return Err(format!("the result type of {other} is not known")),
     })
@@ -361,6 +361,14 @@ fn attention(op: &Operator, query: Operand, operands: &[Option<Operand>]) -> Res
     let output = with_axis(&query.ty.shape, -1, &Dim::constant(heads) * &value_size)?;
     let total = get(3)?.ty.shape.last().cloned();
     caches(query.ty, &[past_key, past_value], &output, total)
+}
+
+/// `GroupQueryAttention`; queries that come without keys have keys and values behind them.
+fn group_query(op: &Operator, query: Operand, past: &[&Ty; 2], total: Dim) -> Result<Vec<Inferred>, String> {
+    let heads = op.get_int("num_heads").ok_or("GroupQueryAttention without num_heads")?;
+    let size = past[1].shape.last().ok_or("a cache has four axes")?;
+    let output = with_axis(&query.ty.shape, -1, &Dim::constant(heads) * size)?;
+    caches(query.ty, past, &output, Some(total))
 }
 
 /// Output, present key and present value.

@@ -66,7 +66,7 @@ impl Lowerer<'_> {
     }
 
     /// `0 .. T`, `[T]`
-    fn key_index(&mut self) -> Result<ValueId> {
+    pub(super) fn key_index(&mut self) -> Result<ValueId> {
         let total = self.total_length()?;
         self.share("mask/key_index", |s| {
             let (zero, one) = (s.e.int(0), s.e.int(1));

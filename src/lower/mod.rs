@@ -12,6 +12,7 @@ mod combination;
 mod emit;
 mod indexer;
 mod infer;
+mod inside;
 mod link;
 mod masks;
 mod moe;
@@ -21,6 +22,7 @@ mod position;
 mod quantized;
 mod rope;
 mod rotary;
+mod siblings;
 
 pub use cache::{Cache, CacheScales};
 pub use link::Stored;
@@ -33,9 +35,11 @@ use crate::build::{Composite, Kind, Model};
 use crate::element::ElementType;
 use crate::error::{Code, Error, Result};
 use crate::graph::{Dim, Graph, Node, Shape, Source, Type, ValueId};
-use crate::opset::Target;
+use crate::opset::{Positions, Target};
 use crate::weight::Weight;
 use emit::Emitter;
+use inside::Inside;
+use siblings::Siblings;
 
 /// Which padding the graph is exact for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -56,6 +60,8 @@ pub struct Options<'s> {
     pub element: ElementType,
     /// Padding that must be exact.
     pub padding: Padding,
+    /// Where positions come from.
+    pub positions: Positions,
     /// How the checkpoint stores parameters, if the graph is to take them from its files as they are.
     pub stored: Option<&'s Stored>,
     /// Which matrices are held as integers.
@@ -104,10 +110,17 @@ pub fn lower(model: &Graph<Model>, options: &Options) -> Result<Lowered> {
         shared: HashMap::new(),
         notes: BTreeMap::new(),
         order_kept: None,
+        inside: Inside::default(),
+        siblings: Siblings::default(),
     };
     lowerer.order_kept = lowerer.keeps_order(model)?;
+    lowerer.inside = lowerer.rotations_inside(model)?;
+    lowerer.siblings = lowerer.find_siblings(model)?;
     for id in &model.inputs {
         let value = model.value(*id);
+        if value.name == POSITIONS && options.positions == Positions::Mask {
+            continue;
+        }
         let mut ty = lowerer.ty(&value.ty);
         ty.element = lowerer.input_element(&value.name, ty.element);
         let lowered = lowerer.e.graph.add_input(&value.name, ty);
@@ -139,7 +152,14 @@ struct Lowerer<'s> {
     notes: BTreeMap<(String, String, String), Note>,
     /// Why tokens stay in the order in which they are given; nothing if rows are aligned to the left.
     order_kept: Option<String>,
+    /// What attention rotates by itself.
+    inside: Inside,
+    /// Products that are computed as one.
+    siblings: Siblings,
 }
+
+/// The input that says where new tokens stand.
+const POSITIONS: &str = "position_ids";
 
 impl Lowerer<'_> {
     /// Puts the tokens of each row first, if the graph is to be computed so.
@@ -148,8 +168,13 @@ impl Lowerer<'_> {
             return Ok(());
         }
         self.e.enter("/model/aligned");
-        let by_token = |id: &&ValueId| matches!(model.value(**id).name.as_str(), "input_ids" | "position_ids");
-        for id in model.inputs.iter().filter(by_token) {
+        let by_token = |id: &&ValueId| match model.value(**id).name.as_str() {
+            "input_ids" => true,
+            POSITIONS => self.options.positions == Positions::Ids,
+            _ => false,
+        };
+        let by_token: Vec<&ValueId> = model.inputs.iter().filter(by_token).collect();
+        for id in by_token {
             let given = self.value(model, *id)?;
             let rotated = self.rotated(given)?;
             self.values.insert(*id, rotated);
@@ -209,6 +234,11 @@ impl Lowerer<'_> {
                 self.named.insert(lowered);
                 Ok(lowered)
             }
+            Source::Input if value.name == POSITIONS => {
+                let counted = self.counted_positions()?;
+                self.values.insert(id, counted);
+                Ok(counted)
+            }
             _ => Err(Error::new(Code::SpecInvalid, &value.name).found("a value that no earlier node computes")),
         }
     }
@@ -240,22 +270,35 @@ impl Lowerer<'_> {
         inputs
     }
 
+    /// An operation that looks at what its operands are in the model's graph; none for any other.
+    fn on_parameters(
+        &mut self,
+        model: &Graph<Model>,
+        node: &Node<Composite>,
+        ids: &[ValueId],
+    ) -> Result<Option<Vec<ValueId>>> {
+        let one = |value: Option<ValueId>| value.map(|value| vec![value]);
+        Ok(match &node.op {
+            Composite::Norm(op) => Some(vec![self.norm(*op, model, ids)?]),
+            Composite::AddNorm(op) => Some(self.add_norm(*op, model, ids)?.to_vec()),
+            Composite::Moe(op) => Some(vec![self.moe(op, model, ids)?]),
+            Composite::RopeTable(_) if self.inside.needs_no_table(node) => Some(Vec::new()),
+            Composite::Rotate { .. } if self.inside.turns(node) => {
+                Some(ids.iter().take(1).map(|x| self.value(model, *x)).collect::<Result<_>>()?)
+            }
+            Composite::Attention(op) => Some(self.attention(op, model, ids)?),
+            Composite::Linear => match self.joined_linear(model, node)? {
+                None => one(self.quantized_linear(model, ids)?),
+                joined => one(joined),
+            },
+            Composite::Embed => one(self.quantized_embed(model, ids)?),
+            _ => None,
+        })
+    }
+
     fn composite(&mut self, model: &Graph<Model>, node: &Node<Composite>, ids: &[ValueId]) -> Result<Vec<ValueId>> {
-        match &node.op {
-            Composite::Norm(op) => return Ok(vec![self.norm(*op, model, ids)?]),
-            Composite::AddNorm(op) => return Ok(self.add_norm(*op, model, ids)?.to_vec()),
-            Composite::Moe(op) => return Ok(vec![self.moe(op, model, ids)?]),
-            Composite::Linear => {
-                if let Some(product) = self.quantized_linear(model, ids)? {
-                    return Ok(vec![product]);
-                }
-            }
-            Composite::Embed => {
-                if let Some(rows) = self.quantized_embed(model, ids)? {
-                    return Ok(vec![rows]);
-                }
-            }
-            _ => {}
+        if let Some(results) = self.on_parameters(model, node, ids)? {
+            return Ok(results);
         }
         let operands: Vec<ValueId> = ids.iter().map(|id| self.value(model, *id)).collect::<Result<_>>()?;
         let result_shape = |i: usize| {
@@ -286,11 +329,11 @@ impl Lowerer<'_> {
             (Composite::Concat, parts) => self.e.add(Operator::new("Concat").int("axis", -1), parts),
             (Composite::Convert(kind), [x]) => self.e.cast(*x, self.element(*kind)),
             (Composite::Split(sizes), [x]) => return self.split(*x, sizes),
-            (Composite::RopeTable(rope), [positions]) => return self.rope_table(rope, *positions),
+            (Composite::RopeTable(rope), [positions]) => return self.rope_table(rope, *positions, *positions),
             (Composite::Rotate { heads, size, layout }, [x, cos, sin]) => {
-                self.rotate((*heads, *size, *layout), *x, *cos, *sin)
+                let why = self.inside.why_not(node);
+                self.rotate((*heads, *size, *layout), *x, (*cos, *sin), &why)
             }
-            (Composite::Attention(op), operands) => return self.attention(op, operands),
             (Composite::LastToken, [x, mask]) => self.last_token(*x, *mask),
             (Composite::EveryToken, [x, _]) if self.order_kept.is_none() => self.rotated_back(*x),
             (Composite::EveryToken, [x, _]) => Ok(*x),
@@ -400,7 +443,8 @@ impl Lowerer<'_> {
             1 => Ok(vec![x]),
             2 => Ok(self.e.call(op, &operands, [true; 2])?.to_vec()),
             3 => Ok(self.e.call(op, &operands, [true; 3])?.to_vec()),
-            other => Err(Error::new(Code::SpecInvalid, "Split").found(other).expected("2 or 3 pieces")),
+            4 => Ok(self.e.call(op, &operands, [true; 4])?.to_vec()),
+            other => Err(Error::new(Code::SpecInvalid, "Split").found(other).expected("2 to 4 pieces")),
         }
     }
 

@@ -101,30 +101,32 @@ impl Lowerer<'_> {
         let (name, shape) = named(model, *weight);
         let Some(scheme) = self.scheme(&name) else { return Ok(None) };
         let form = self.first_form("quantized_linear", |s, form| match form {
-            "MatMulNBits" if scheme.has_float_zeros() && scheme.bits() != 4 => Ok(Form::Refused(format!(
-                "the operator takes float zero points of 4 bits, and not of {}",
-                scheme.bits()
-            ))),
-            "MatMulNBits" => {
-                s.matmul_nbits(model, (*x, bias.first().copied()), (&name, &shape), &scheme).map(Form::Done)
-            }
+            "MatMulNBits" => match (unfit(&scheme), shape.as_slice()) {
+                (Some(reason), _) => Ok(Form::Refused(reason)),
+                (None, &[rows, columns]) => {
+                    let x = s.value(model, *x)?;
+                    let bias = bias.first().map(|bias| s.value(model, *bias)).transpose()?;
+                    let product =
+                        s.matmul_nbits((x, bias), (&name, &[rows, columns]), &Weight::source(&name), &scheme)?;
+                    Ok(Form::Done(Some(product)))
+                }
+                _ => Ok(Form::Done(None)),
+            },
             // Floats are made from the integers, and then it is like any other.
             _ => Ok(Form::Done(None)),
         })?;
         Ok(form)
     }
 
-    fn matmul_nbits(
+    /// `x · weightᵀ + bias` with a weight `[N, K]` that is made from parameters.
+    pub(super) fn matmul_nbits(
         &mut self,
-        model: &Graph<Model>,
         (x, bias): (ValueId, Option<ValueId>),
-        (name, shape): (&str, &[usize]),
+        (name, &[rows, columns]): (&str, &[usize; 2]),
+        weight: &Weight,
         scheme: &Scheme,
-    ) -> Result<Option<ValueId>> {
-        let &[rows, columns] = shape else { return Ok(None) };
-        let x = self.value(model, x)?;
-        let bias = bias.map(|bias| self.value(model, bias)).transpose()?;
-        let parts = self.integers(name, shape, scheme, &Weight::source(name), Layout::Blocks);
+    ) -> Result<ValueId> {
+        let parts = self.integers(name, &[rows, columns], scheme, weight, Layout::Blocks);
         let accuracy = self.accuracy_level();
         let op = Operator::microsoft("MatMulNBits")
             .size("K", columns)
@@ -143,7 +145,7 @@ impl Lowerer<'_> {
             operands.pop();
         }
         let [y] = self.e.call(op, &operands, [true])?;
-        Ok(Some(y))
+        Ok(y)
     }
 
     /// Rows of a quantised table; none if the table is not quantised, or not for this target.
@@ -228,6 +230,12 @@ impl Lowerer<'_> {
         operands.extend(parts.zero_points);
         self.e.add(op, &operands)
     }
+}
+
+/// Why `MatMulNBits` does not read a scheme.
+pub(super) fn unfit(scheme: &Scheme) -> Option<String> {
+    (scheme.has_float_zeros() && scheme.bits() != 4)
+        .then(|| format!("the operator takes float zero points of 4 bits, and not of {}", scheme.bits()))
 }
 
 /// Name and fixed shape of a parameter.

@@ -11,9 +11,8 @@ use crate::graph::{Dim, ValueId};
 use crate::spec::{Rope, RopeLayout};
 
 impl Lowerer<'_> {
-    /// Cosine and sine of every position, `[B, S, size / 2]` each.
-    pub(super) fn rope_table(&mut self, rope: &Rope, positions: ValueId) -> Result<Vec<ValueId>> {
-        let ids = positions;
+    /// Cosine and sine of every position, `[B, S, size / 2]` each. `ids` are those that say how long sequences are.
+    pub(super) fn rope_table(&mut self, rope: &Rope, positions: ValueId, ids: ValueId) -> Result<Vec<ValueId>> {
         let frequencies = self.frequencies(rope, ids)?;
         let axis = self.e.ints(&[-1]);
         let positions = self.e.cast(positions, ElementType::F32)?;
@@ -100,13 +99,14 @@ impl Lowerer<'_> {
         &mut self,
         (heads, size, layout): (usize, usize, RopeLayout),
         x: ValueId,
-        cos: ValueId,
-        sin: ValueId,
+        (cos, sin): (ValueId, ValueId),
+        why_outside: &str,
     ) -> Result<ValueId> {
         let width = self.e.shape(x).last().and_then(|d| d.divided_by(&Dim::from(heads))).and_then(|d| d.value());
         let partial = width.and_then(|w| usize::try_from(w).ok()).is_some_and(|width| width != size);
         let interleaved = i64::from(layout == RopeLayout::Interleaved);
         self.first_form("rotary", |s, form| match form {
+            super::inside::FORM => Ok(Form::Refused(why_outside.to_owned())),
             "com.microsoft.RotaryEmbedding" => {
                 let mut call = Operator::microsoft("RotaryEmbedding").int("interleaved", interleaved);
                 call = call.size("num_heads", heads);
@@ -128,7 +128,7 @@ impl Lowerer<'_> {
     }
 
     /// The table with one row per token: `[B, S, size / 2]` -> `[B * S, size / 2]`
-    fn table_rows(&mut self, table: ValueId) -> Result<ValueId> {
+    pub(super) fn table_rows(&mut self, table: ValueId) -> Result<ValueId> {
         let name = self.e.graph.value(table).name.clone();
         self.share(&format!("rotary_emb/rows/{name}"), |s| {
             let shape = s.e.shape(table).clone();

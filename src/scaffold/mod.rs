@@ -24,7 +24,7 @@ use crate::describe::{self, Template};
 use crate::element::ElementType;
 use crate::error::{Code, Error, Result};
 use crate::lower::{self, Padding};
-use crate::opset::Target;
+use crate::opset::{Positions, Target};
 use crate::read::Repository;
 use sheet::{Sheet, printable};
 
@@ -156,6 +156,7 @@ fn check(template: &Template, repository: &Repository) -> Result<()> {
         target,
         element: ElementType::F32,
         padding: Padding::Any,
+        positions: Positions::Ids,
         stored: None,
         precision: None,
         cache: lower::Cache::Float,

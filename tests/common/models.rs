@@ -17,12 +17,14 @@ pub const TARGETS: [&str; 3] = ["ort-cpu", "standard", "primitive"];
 
 /// The plain options for a repository.
 pub fn options(repository: &Path, target: &str) -> TestResult<Options> {
+    let target = Target::named(target)?;
     Ok(Options {
         repository: repository.to_owned(),
         template: None,
-        target: Target::named(target)?,
+        target,
         element: ElementType::F32,
         padding: Padding::Any,
+        positions: target.positions,
         logits: Logits::All,
         max_length: None,
         allowed_keys: Vec::new(),

@@ -7,7 +7,7 @@
     speed   prefill of 2,048 tokens, decode at 1, 512 and 4,096 tokens of past, load time, memory
     torch   the same by transformers with a static cache and torch.compile
 
-PROVIDER, TARGET, DTYPES (f16,bf16,f32), MODELS, QUANT, PADDING, JOBS, HF2ONNX, ORT and GENAI (NAME=DIR,...; NAME as in `speed`, for example
+PROVIDER, TARGET, DTYPES (f16,bf16,f32), MODELS, QUANT, PADDING, POSITIONS, JOBS, HF2ONNX, ORT and GENAI (NAME=DIR,...; NAME as in `speed`, for example
 llama-3.2-1b-int4) are taken from the environment.
 """
 import argparse

@@ -14,6 +14,7 @@ MODELS = os.environ.get("MODELS", "llama-3.2-1b,llama-3.1-8b").split(",")
 KINDS = os.environ.get("KINDS", "f16,int4").split(",")
 QUANT = os.environ.get("QUANT", "q4")
 PADDING = os.environ.get("PADDING", "any")
+POSITIONS = os.environ.get("POSITIONS", "mask")
 BATCHES = [int(number) for number in os.environ.get("BATCHES", "1,8").split(",")]
 PROMPT = int(os.environ.get("PROMPT", 2048))
 # Tokens that are in the cache when the first step is timed: one of them is the prompt's.
@@ -97,7 +98,7 @@ def make(run):
                 target = os.environ.get("TARGET", "ort-cuda")
                 # Only the last position's logits: those of 2,048 would take a gigabyte.
                 found, error = run.call("build", repo, "--output", out, "--force", "--target", target, "--dtype", dtype,
-                                        "--logits", "last", "--padding", PADDING, *quant)
+                                        "--logits", "last", "--padding", PADDING, "--positions", POSITIONS, *quant)
                 return {"quant": QUANT if quant else None} | ({"error": error} if error else {})
 
             if not out.exists():

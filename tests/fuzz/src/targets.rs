@@ -12,7 +12,7 @@ use hf2onnx::element::ElementType;
 use hf2onnx::error::Error;
 use hf2onnx::golden::Golden;
 use hf2onnx::lower::{self, Padding};
-use hf2onnx::opset::Target;
+use hf2onnx::opset::{Positions, Target};
 use hf2onnx::read::{json_object, safetensors_header, safetensors_index};
 use serde_json::{Map, Value, json};
 
@@ -113,6 +113,7 @@ fn graphs(config: &Map<String, Value>, template: Option<&Template>) {
             target,
             element: ElementType::F32,
             padding: Padding::Any,
+            positions: Positions::Ids,
             stored: None,
             precision: None,
             cache: lower::Cache::Float,
