@@ -4,8 +4,11 @@ mod common;
 
 use std::path::Path;
 
-use common::models::TARGETS;
+use common::models::{TARGETS, build_with, options};
 use common::{Case, TestResult, build, cases, kjv_llama, python};
+use hf2onnx::compile::Options;
+use hf2onnx::lower::Padding;
+use hf2onnx::opset::Positions;
 use rayon::prelude::*;
 
 #[test]
@@ -70,13 +73,20 @@ fn the_onnx_checker_accepts_standard_and_primitive() -> TestResult {
     python::run("check_model.py", &models).map(drop)
 }
 
-/// onnxruntime-genai takes the directory as it is and generates the same tokens.
+/// onnxruntime-genai takes the directory as it is and generates the same tokens; with positions from the mask, and with
+/// rows that attention rotates, too.
 #[test]
 fn genai_generates_the_expected_tokens() -> TestResult {
     let place = tempfile::tempdir_in(common::scratch())?;
-    let output = place.path().join("kjv-llama");
-    build(&kjv_llama(), &output, "ort-cpu", None)?;
-    let config: serde_json::Value = serde_json::from_slice(&std::fs::read(output.join("genai_config.json"))?)?;
-    assert_eq!(config.pointer("/search/past_present_share_buffer"), Some(&serde_json::Value::Bool(true)));
-    python::run("check_genai.py", &[&output, &kjv_llama().join("greedy.json")]).map(drop)
+    let both = [Positions::Ids, Positions::Mask];
+    for (padding, positions) in [Padding::Any, Padding::Right].into_iter().flat_map(|p| both.map(|q| (p, q))) {
+        let output = place.path().join(format!("{padding:?}-{positions:?}"));
+        build_with(&Options { padding, positions, ..options(&kjv_llama(), "ort-cpu")? }, &output)?;
+        let config: serde_json::Value = serde_json::from_slice(&std::fs::read(output.join("genai_config.json"))?)?;
+        assert_eq!(config.pointer("/search/past_present_share_buffer"), Some(&serde_json::Value::Bool(true)));
+        let ids = config.pointer("/model/decoder/inputs/position_ids");
+        assert_eq!(ids.is_some(), positions == Positions::Ids, "{config}");
+        python::run("check_genai.py", &[&output, &kjv_llama().join("greedy.json")])?;
+    }
+    Ok(())
 }

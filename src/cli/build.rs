@@ -117,7 +117,7 @@ enum WeightsOption {
 enum Padding {
     /// Left, right and none
     Any,
-    /// Right and none
+    /// Right and none, as onnxruntime-genai pads
     Right,
 }
 

@@ -91,14 +91,19 @@ impl Lowerer<'_> {
     }
 
     /// `GroupQueryAttention` of onnxruntime. Its `seqlens_k` is the place of each row's last kept token and the
-    /// padding is a bias: measured to be exact for left and right padding and through the cache.
+    /// padding is a bias: measured to be exact for left and right padding and through the cache. Without a bias rows are
+    /// kept without gaps: the tokens after a prompt of a ragged batch take the places of its padding.
     fn group_query_attention(&mut self, op: &AttentionOp, operands: Operands) -> Result<Form<Vec<ValueId>>> {
         if let Some(reason) = unfit(op) {
             return Ok(Form::Refused(reason));
         }
         let bias = self.attention_bias(op, operands.bias, self.e.ty(operands.query).element)?;
-        let last = self.last_kept()?;
-        let last = self.share("mask/seqlens_k", |s| s.e.cast(last, ElementType::I32))?;
+        let last = if bias.is_none() {
+            self.seqlens()?
+        } else {
+            let last = self.last_kept()?;
+            self.share("mask/seqlens_k", |s| s.e.cast(last, ElementType::I32))?
+        };
         self.call_group_query(op, operands, last, bias).map(Form::Done)
     }
 
