@@ -138,14 +138,20 @@ impl Recipe {
     pub fn precision(&self, model: &Graph<Model>, stored: Option<&Stored>) -> Precision {
         let names = matrices(model);
         let layers = names.iter().filter_map(|name| layer(name)).map(|(_, index, _)| index + 1).max().unwrap_or(0);
-        let schemes = names.into_iter().filter_map(|name| {
-            let scheme = match self.rule(&name, layers) {
-                Some(rule) => rule.scheme?,
-                None => *stored.filter(|_| self.is_stored())?.schemes.get(&name)?,
+        let mut precision = Precision { accuracy_level: self.accuracy_level, ..Precision::default() };
+        for name in names {
+            let scheme = match (self.rule(&name, layers), stored.filter(|_| self.is_stored())) {
+                (Some(rule), _) => rule.scheme,
+                (None, Some(stored)) => {
+                    let order = stored.orders.get(&name).cloned();
+                    precision.orders.extend(order.map(|order| (name.clone(), order)));
+                    stored.schemes.get(&name).copied()
+                }
+                (None, None) => None,
             };
-            Some((name, scheme))
-        });
-        Precision { schemes: schemes.collect(), accuracy_level: self.accuracy_level }
+            precision.schemes.extend(scheme.map(|scheme| (name, scheme)));
+        }
+        precision
     }
 
     /// The last rule that matches one of a parameter's spellings.
@@ -192,7 +198,9 @@ impl Recipe {
             decoded.extend(lost.map(|p| (p.name.clone(), self.reason())));
             let folded = plan.parameters.iter().filter(|p| stored.folded.contains(&p.name) && is_kept(p));
             let exact = (!kept.is_empty()).then(|| folded.count() == 0);
-            FromCheckpoint { method: stored.method.clone(), exact, decoded }
+            let reordered = plan.parameters.iter().filter(|p| stored.orders.contains_key(&p.name) && is_kept(p));
+            let reordered = reordered.map(|p| p.name.clone()).collect();
+            FromCheckpoint { method: stored.method.clone(), exact, reordered, decoded }
         });
         let rule = |rule: &Rule| {
             let scheme = rule.scheme.map_or("float".to_owned(), |scheme| scheme.to_string());
@@ -256,6 +264,10 @@ pub struct FromCheckpoint {
     /// True if all integers, scales and zero points that were kept are the checkpoint's own, bit for bit; none if none
     /// were kept.
     pub exact: Option<bool>,
+    /// Of what was kept, parameters whose columns stand in the order of their groups (act-order): the graph gathers
+    /// their inputs in that order.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub reordered: Vec<String>,
     /// Quantised parameters that were decoded to floats, and why.
     pub decoded: BTreeMap<String, String>,
 }
