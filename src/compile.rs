@@ -151,7 +151,7 @@ pub fn compile_description(
     }
     let layout = stage!("plan", Layout::new(&plan, checkpoint, shard_size))?;
     let asked = kept.is_some() || options.recipe.is_some();
-    let quantization = asked.then(|| recipe.record(&plan, kept.as_ref()));
+    let quantization = asked.then(|| recipe.record(&plan, kept.as_ref(), &lowered.refused));
     if options.recipe.as_ref().is_some_and(Recipe::is_stored) && kept.is_none() {
         return Err(Error::new(Code::UsageInvalid, "--quant stored")
             .found("a checkpoint that is not quantised")

@@ -175,7 +175,8 @@ impl Recipe {
     }
 
     /// What `hf2onnx.json` says of it.
-    pub fn record(&self, plan: &Plan, stored: Option<&Stored>) -> Quantization {
+    /// `refused` says why operators did not take a parameter's integers.
+    pub fn record(&self, plan: &Plan, stored: Option<&Stored>, refused: &BTreeMap<String, String>) -> Quantization {
         let mut matrices: BTreeMap<String, Counted> = BTreeMap::new();
         let mut kept = BTreeSet::new();
         let mut suffixes: BTreeMap<u8, u64> = BTreeMap::new();
@@ -195,7 +196,7 @@ impl Recipe {
         let checkpoint = stored.map(|stored| {
             let mut decoded = stored.refused.clone();
             let lost = plan.parameters.iter().filter(|p| stored.schemes.contains_key(&p.name) && !is_kept(p));
-            decoded.extend(lost.map(|p| (p.name.clone(), self.reason())));
+            decoded.extend(lost.map(|p| (p.name.clone(), self.reason(refused.get(&p.name)))));
             let folded = plan.parameters.iter().filter(|p| stored.folded.contains(&p.name) && is_kept(p));
             let exact = (!kept.is_empty()).then(|| folded.count() == 0);
             let reordered = plan.parameters.iter().filter(|p| stored.orders.contains_key(&p.name) && is_kept(p));
@@ -226,11 +227,12 @@ impl Recipe {
     }
 
     /// Why integers that fit were decoded nevertheless.
-    fn reason(&self) -> String {
-        if self.is_stored() {
-            return "the target has no form that reads them, or a rule asks for another".to_owned();
+    fn reason(&self, refused: Option<&String>) -> String {
+        match refused {
+            _ if !self.is_stored() => format!("--quant {} asks for it", self.name),
+            Some(reason) => reason.clone(),
+            None => "the target has no form that reads them, or a rule asks for another".to_owned(),
         }
-        format!("--quant {} asks for it", self.name)
     }
 }
 

@@ -67,6 +67,14 @@ impl Lowerer<'_> {
         Ok(gathered)
     }
 
+    /// A form that does not take the integers of these parameters, as far as they have any.
+    pub(super) fn refuse<T>(&mut self, names: &[&str], reason: String) -> Form<T> {
+        let named = names.iter().filter(|name| self.scheme(name).is_some());
+        let named: Vec<_> = named.map(|name| ((*name).to_owned(), reason.clone())).collect();
+        self.refused.extend(named);
+        Form::Refused(reason)
+    }
+
     /// How products with integers are computed.
     pub(super) fn accuracy_level(&self) -> i64 {
         self.options.precision.map_or(0, |precision| precision.accuracy_level)
@@ -121,9 +129,10 @@ impl Lowerer<'_> {
         let [x, weight, bias @ ..] = ids else { return Ok(None) };
         let (name, shape) = named(model, *weight);
         let Some(scheme) = self.scheme(&name) else { return Ok(None) };
-        let form = self.first_form("quantized_linear", |s, form| match form {
+        let operands = (*x, bias.first().copied());
+        self.first_form("quantized_linear", |s, form| match form {
             "MatMulNBits" => match (unfit(&scheme), shape.as_slice()) {
-                (Some(reason), _) => Ok(Form::Refused(reason)),
+                (Some(reason), _) => Ok(s.refuse(&[&name], reason)),
                 (None, &[rows, columns]) => {
                     let x = s.value(model, *x)?;
                     let x = s.in_order(&name, x)?;
@@ -135,9 +144,8 @@ impl Lowerer<'_> {
                 _ => Ok(Form::Done(None)),
             },
             // Floats are made from the integers, and then it is like any other.
-            _ => s.floats_in_order(model, (*x, bias.first().copied()), (&name, &shape), &scheme).map(Form::Done),
-        })?;
-        Ok(form)
+            _ => s.floats_in_order(model, operands, (&name, &shape), &scheme).map(Form::Done),
+        })
     }
 
     /// `x · weightᵀ + bias` with a weight `[N, K]` that is made from parameters.
@@ -175,18 +183,21 @@ impl Lowerer<'_> {
         let &[ids, table] = ids else { return Ok(None) };
         let (name, shape) = named(model, table);
         let Some(scheme) = self.scheme(&name) else { return Ok(None) };
-        self.first_form("quantized_embed", |s, form| match form {
-            "GatherBlockQuantized" if !matches!(scheme.bits(), 4 | 8) => {
-                Ok(Form::Refused(format!("the operator reads 4 and 8 bits, and not {}", scheme.bits())))
-            }
-            "GatherBlockQuantized" if scheme.has_float_zeros() => {
-                Ok(Form::Refused("the operator takes no float zero points".to_owned()))
-            }
-            "GatherBlockQuantized" if s.order(&name).is_some() => {
-                Ok(Form::Refused("its columns are permuted (act-order)".to_owned()))
-            }
-            "GatherBlockQuantized" => s.gather_quantized(model, ids, (&name, &shape), &scheme).map(Form::Done),
-            _ => Ok(Form::Done(None)),
+        self.first_form("quantized_embed", |s, form| {
+            let refusal = match form {
+                "GatherBlockQuantized" if !matches!(scheme.bits(), 4 | 8) => {
+                    format!("the operator reads 4 and 8 bits, and not {}", scheme.bits())
+                }
+                "GatherBlockQuantized" if scheme.has_float_zeros() => {
+                    "the operator takes no float zero points".to_owned()
+                }
+                "GatherBlockQuantized" if s.order(&name).is_some() => "its columns are permuted (act-order)".to_owned(),
+                "GatherBlockQuantized" => {
+                    return s.gather_quantized(model, ids, (&name, &shape), &scheme).map(Form::Done);
+                }
+                _ => return Ok(Form::Done(None)),
+            };
+            Ok(s.refuse(&[&name], refusal))
         })
     }
 
@@ -264,7 +275,7 @@ impl Lowerer<'_> {
                 }
                 _ => return s.dequantize_linear(name, shape, scheme).map(|value| Form::Done(Some(value))),
             };
-            Ok(Form::Refused(refusal))
+            Ok(s.refuse(&[name], refusal))
         })
     }
 
