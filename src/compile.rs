@@ -111,10 +111,10 @@ pub struct Compiled {
 
 /// Reads, describes, builds, lowers and binds a model.
 pub fn compile(options: &Options) -> Result<Compiled> {
-    let repository = stage!("read", Repository::open(&options.repository))?;
+    let mut repository = stage!("read", Repository::open(&options.repository))?;
     let description = stage!("describe", {
         describe::choose(&repository.config, options.template.as_deref())
-            .map_err(|error| scaffold::with_nearest(error, &repository.config, &repository.checkpoint))
+            .map_err(|error| scaffold::with_nearest(error, &mut repository))
             .and_then(|template| describe::describe(&template, &repository.config, &options.allowed_keys))
     })?;
     compile_description(repository, description, options)

@@ -45,7 +45,8 @@ struct Integers {
     group_of: Vec<usize>,
 }
 
-/// A golden case with the matrices that `how` has a packing for quantised, and everything else in float32.
+/// A golden case with the matrices that `how` has a packing for quantised, and everything else in float32. Packings
+/// may differ in their order of columns only.
 pub fn packed(case: &Case, how: impl Fn(&str) -> Option<Packing>) -> TestResult<Repository> {
     let mut made = Repository::plain(&case.repo()?);
     let floats = std::mem::take(&mut made.tensors);
@@ -70,7 +71,7 @@ pub fn packed(case: &Case, how: impl Fn(&str) -> Option<Packing>) -> TestResult<
     Ok(made)
 }
 
-/// What config.json says of it; modules of other bits are named one by one in `dynamic`.
+/// What config.json says of it.
 fn settings(Packing { format, bits, group, symmetric, order }: Packing) -> Value {
     match format {
         Format::Gptq => json!({
@@ -107,9 +108,8 @@ pub fn shuffled(columns: usize, seed: usize) -> Vec<usize> {
 }
 
 fn round(tensor: &Tensor, packing: Packing) -> Integers {
-    let &[rows, columns] = tensor.shape.as_slice() else { panic!("no matrix") };
+    let (rows, columns) = (tensor.shape[0], tensor.shape[1]);
     let (values, order) = (tensor.floats(), shuffled(columns, packing.order));
-    // The blocks of the quantiser are powers of two; a group may be longer than a row.
     let scheme = Scheme::new(packing.bits, packing.symmetric, packing.group, Algorithm::Nearest).unwrap();
     let sorted: Vec<f32> =
         values.chunks(columns).flat_map(|row| order.iter().map(|column| row[*column]).collect::<Vec<_>>()).collect();
