@@ -127,8 +127,9 @@ fn inputs_are_gathered_once_for_each_order() -> TestResult {
         // whose zero points DequantizeLinear does not read.
         let (matrices, orders) = if target == "ort-cpu" { (14, 10) } else { (12, 8) };
         assert_eq!((ordered.reordered, gathers(&ordered, &plain)), (matrices, orders), "{target}");
-        let operator = if target == "ort-cpu" { "MatMulNBits" } else { "DequantizeLinear" };
-        assert_eq!(ordered.operator(operator), matrices, "{target}");
+        // Products of one input are joined where they have one order.
+        let (operator, products) = if target == "ort-cpu" { ("MatMulNBits", 10) } else { ("DequantizeLinear", 12) };
+        assert_eq!(ordered.operator(operator), products, "{target}");
         let reasons: Vec<&str> = ordered.reasons().into_iter().collect();
         let odd = "the zero points of a row with an odd number of blocks end within a byte";
         assert_eq!(reasons, if target == "ort-cpu" { vec![] } else { vec![odd] }, "{target}");
@@ -185,6 +186,25 @@ fn pieces_of_a_reordered_matrix() -> TestResult {
     assert!(ordered.difference < SAME && ordered.exact == true, "{}", ordered.difference);
     assert_eq!((ordered.reordered, ordered.decoded.len()), (14, 0));
     assert_eq!(gathers(&ordered, &plain), 8);
+    Ok(())
+}
+
+/// Products of one input stay apart where their orders differ.
+#[test]
+fn one_input_in_many_orders() -> TestResult {
+    let built = |order: fn(&str) -> usize| -> TestResult<Kept> {
+        let (made, golden) = case("qwen2", |module| Packing { order: order(module), ..GPTQ })?;
+        kept(&made, &golden, "ort-cpu", 1)
+    };
+    let plain = built(|_| 0)?;
+    // Letters of `q_proj`, `k_proj`, ..., of which no two sums are the same.
+    let apart = built(|module| module.rsplit('.').next().unwrap_or(module).bytes().map(usize::from).sum())?;
+    assert!(apart.difference < SAME && apart.exact == true, "{}", apart.difference);
+    assert_eq!((apart.reordered, gathers(&apart, &plain), apart.operator("MatMulNBits")), (21, 21, 21));
+    let together = built(|_| 5)?;
+    assert!(together.difference < SAME && together.exact == true, "{}", together.difference);
+    // Queries, keys and values, o, gate and up, down.
+    assert_eq!((together.reordered, gathers(&together, &plain), together.operator("MatMulNBits")), (21, 12, 12));
     Ok(())
 }
 
