@@ -111,10 +111,10 @@ pub struct Compiled {
 
 /// Reads, describes, builds, lowers and binds a model.
 pub fn compile(options: &Options) -> Result<Compiled> {
-    let repository = stage!("read", Repository::open(&options.repository))?;
+    let mut repository = stage!("read", Repository::open(&options.repository))?;
     let description = stage!("describe", {
         describe::choose(&repository.config, options.template.as_deref())
-            .map_err(|error| scaffold::with_nearest(error, &repository.config, &repository.checkpoint))
+            .map_err(|error| scaffold::with_nearest(error, &mut repository))
             .and_then(|template| describe::describe(&template, &repository.config, &options.allowed_keys))
     })?;
     compile_description(repository, description, options)
@@ -151,7 +151,7 @@ pub fn compile_description(
     }
     let layout = stage!("plan", Layout::new(&plan, checkpoint, shard_size))?;
     let asked = kept.is_some() || options.recipe.is_some();
-    let quantization = asked.then(|| recipe.record(&plan, kept.as_ref()));
+    let quantization = asked.then(|| recipe.record(&plan, kept.as_ref(), &lowered.refused));
     if options.recipe.as_ref().is_some_and(Recipe::is_stored) && kept.is_none() {
         return Err(Error::new(Code::UsageInvalid, "--quant stored")
             .found("a checkpoint that is not quantised")

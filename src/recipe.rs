@@ -138,14 +138,20 @@ impl Recipe {
     pub fn precision(&self, model: &Graph<Model>, stored: Option<&Stored>) -> Precision {
         let names = matrices(model);
         let layers = names.iter().filter_map(|name| layer(name)).map(|(_, index, _)| index + 1).max().unwrap_or(0);
-        let schemes = names.into_iter().filter_map(|name| {
-            let scheme = match self.rule(&name, layers) {
-                Some(rule) => rule.scheme?,
-                None => *stored.filter(|_| self.is_stored())?.schemes.get(&name)?,
+        let mut precision = Precision { accuracy_level: self.accuracy_level, ..Precision::default() };
+        for name in names {
+            let scheme = match (self.rule(&name, layers), stored.filter(|_| self.is_stored())) {
+                (Some(rule), _) => rule.scheme,
+                (None, Some(stored)) => {
+                    let order = stored.orders.get(&name).cloned();
+                    precision.orders.extend(order.map(|order| (name.clone(), order)));
+                    stored.schemes.get(&name).copied()
+                }
+                (None, None) => None,
             };
-            Some((name, scheme))
-        });
-        Precision { schemes: schemes.collect(), accuracy_level: self.accuracy_level }
+            precision.schemes.extend(scheme.map(|scheme| (name, scheme)));
+        }
+        precision
     }
 
     /// The last rule that matches one of a parameter's spellings.
@@ -169,7 +175,8 @@ impl Recipe {
     }
 
     /// What `hf2onnx.json` says of it.
-    pub fn record(&self, plan: &Plan, stored: Option<&Stored>) -> Quantization {
+    /// `refused` says why operators did not take a parameter's integers.
+    pub fn record(&self, plan: &Plan, stored: Option<&Stored>, refused: &BTreeMap<String, String>) -> Quantization {
         let mut matrices: BTreeMap<String, Counted> = BTreeMap::new();
         let mut kept = BTreeSet::new();
         let mut suffixes: BTreeMap<u8, u64> = BTreeMap::new();
@@ -189,10 +196,12 @@ impl Recipe {
         let checkpoint = stored.map(|stored| {
             let mut decoded = stored.refused.clone();
             let lost = plan.parameters.iter().filter(|p| stored.schemes.contains_key(&p.name) && !is_kept(p));
-            decoded.extend(lost.map(|p| (p.name.clone(), self.reason())));
+            decoded.extend(lost.map(|p| (p.name.clone(), self.reason(refused.get(&p.name)))));
             let folded = plan.parameters.iter().filter(|p| stored.folded.contains(&p.name) && is_kept(p));
             let exact = (!kept.is_empty()).then(|| folded.count() == 0);
-            FromCheckpoint { method: stored.method.clone(), exact, decoded }
+            let reordered = plan.parameters.iter().filter(|p| stored.orders.contains_key(&p.name) && is_kept(p));
+            let reordered = reordered.map(|p| p.name.clone()).collect();
+            FromCheckpoint { method: stored.method.clone(), exact, reordered, decoded }
         });
         let rule = |rule: &Rule| {
             let scheme = rule.scheme.map_or("float".to_owned(), |scheme| scheme.to_string());
@@ -218,11 +227,12 @@ impl Recipe {
     }
 
     /// Why integers that fit were decoded nevertheless.
-    fn reason(&self) -> String {
-        if self.is_stored() {
-            return "the target has no form that reads them, or a rule asks for another".to_owned();
+    fn reason(&self, refused: Option<&String>) -> String {
+        match refused {
+            _ if !self.is_stored() => format!("--quant {} asks for it", self.name),
+            Some(reason) => reason.clone(),
+            None => "the target has no form that reads them, or a rule asks for another".to_owned(),
         }
-        format!("--quant {} asks for it", self.name)
     }
 }
 
@@ -256,6 +266,10 @@ pub struct FromCheckpoint {
     /// True if all integers, scales and zero points that were kept are the checkpoint's own, bit for bit; none if none
     /// were kept.
     pub exact: Option<bool>,
+    /// Of what was kept, parameters whose columns stand in the order of their groups (act-order): the graph gathers
+    /// their inputs in that order.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub reordered: Vec<String>,
     /// Quantised parameters that were decoded to floats, and why.
     pub decoded: BTreeMap<String, String>,
 }

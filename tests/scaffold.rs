@@ -6,15 +6,19 @@ mod common;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use common::{Case, TestResult, hf2onnx};
+use common::models::options;
+use common::{Case, TestResult, hf2onnx, repository};
 use hf2onnx::describe::Template;
 use hf2onnx::read::Repository;
 use hf2onnx::scaffold::{Draft, draft};
 
 /// A case's repository whose configuration says that it is something else.
 fn renamed(case: &str, into: &Path) -> TestResult<PathBuf> {
-    let repo = Case::named(case)?.repo()?;
-    for entry in fs::read_dir(&repo)? {
+    renamed_from(&Case::named(case)?.repo()?, case, into)
+}
+
+fn renamed_from(repo: &Path, case: &str, into: &Path) -> TestResult<PathBuf> {
+    for entry in fs::read_dir(repo)? {
         let path = entry?.path();
         let name = path.file_name().ok_or("no name")?;
         fs::copy(&path, into.join(name))?;
@@ -28,7 +32,7 @@ fn renamed(case: &str, into: &Path) -> TestResult<PathBuf> {
 }
 
 fn of(repo: &Path) -> TestResult<Draft> {
-    let draft = draft(&Repository::open(repo)?)?;
+    let draft = draft(&mut Repository::open(repo)?)?;
     Template::parse("draft.toml", &draft.template).map_err(|error| format!("{error}\n{}", draft.template))?;
     Ok(draft)
 }
@@ -43,6 +47,40 @@ fn a_variant_extends_the_right_template_and_builds() -> TestResult {
         assert_eq!(draft.failure, None, "{case}:\n{}", draft.template);
         assert!(draft.guesses.is_empty() && draft.todos.is_empty(), "{case}:\n{}", draft.template);
     }
+    Ok(())
+}
+
+/// The parts of quantised weights are no tensors of their own.
+#[test]
+fn a_quantised_variant_is_seen_decoded() -> TestResult {
+    let quantized = repository().join("golden").join("quantized");
+    for (case, wanted) in [
+        ("gptq-actorder", "llama"),
+        ("awq", "llama"),
+        ("ct-pack", "llama"),
+        ("bnb-nf4", "llama"),
+        ("modelopt-nvfp4", "llama"),
+        ("fp8-moe", "qwen3_moe"),
+        ("mxfp4", "gpt_oss"),
+    ] {
+        let scratch = tempfile::tempdir()?;
+        let repo = renamed_from(&quantized.join(case), case, scratch.path())?;
+        let draft = of(&repo)?;
+        assert_eq!(draft.extends, wanted, "{case}: {:?}", draft.nearest);
+        assert_eq!(draft.failure, None, "{case}:\n{}", draft.template);
+        assert!(draft.guesses.is_empty() && draft.todos.is_empty(), "{case}:\n{}", draft.template);
+        assert!(draft.template.contains("# The weights are quantised"), "{case}:\n{}", draft.template);
+        let error = hf2onnx::compile::compile(&options(&repo, "ort-cpu")?).err().ok_or("an unknown type was built")?;
+        assert!(error.expected.contains(&format!("{wanted} (100 %)")), "{case}: {error}");
+    }
+    // A packed weight that does not say its shape is said, and a draft is a draft nevertheless.
+    let scratch = tempfile::tempdir()?;
+    let draft = of(&renamed_from(&quantized.join("quanto"), "quanto", scratch.path())?)?;
+    assert!(
+        draft.failure.as_ref().is_some_and(|words| words.contains("does not say its shape")),
+        "{:?}",
+        draft.failure
+    );
     Ok(())
 }
 

@@ -31,8 +31,8 @@ pub(super) struct Scaffold {
 impl Scaffold {
     /// Runs the command.
     pub(super) fn run(self, output: &mut Output) -> Result<()> {
-        let repository = Repository::open(&repo::directory(&self.repo, output)?)?;
-        let draft = scaffold::draft(&repository)?;
+        let mut repository = Repository::open(&repo::directory(&self.repo, output)?)?;
+        let draft = scaffold::draft(&mut repository)?;
         if let Some(path) = &self.output {
             scaffold::write(&draft, path)?;
         }

@@ -188,6 +188,10 @@ fn write_quantization(f: &mut fmt::Formatter<'_>, quantization: Option<&Quantiza
     }
     if let Some(from) = &quantization.checkpoint {
         lines.push(("checkpoint".to_owned(), from.method.clone()));
+        if !from.reordered.is_empty() {
+            let words = "inputs gathered in the order of the checkpoint's groups";
+            lines.push((format!("{} matrices", from.reordered.len()), words.to_owned()));
+        }
     }
     write_lines(f, "quantisation", &lines)?;
     write_reasons(f, "decoded to floats", quantization.checkpoint.iter().flat_map(|from| &from.decoded))

@@ -174,6 +174,13 @@ impl Emitter {
         self.constant(name, ty, bytes, Some(contents))
     }
 
+    /// A constant list of places along an axis, `[n]`, for `Gather`; in 32 bits, since it is as long as the axis.
+    pub(super) fn indices(&mut self, places: &[i32]) -> ValueId {
+        let ty = Type::new(ElementType::I32, [Dim::from(places.len())]);
+        let bytes = places.iter().flat_map(|place| place.to_le_bytes()).collect();
+        self.constant(format!("/constants/{ty}/{places:?}"), ty, bytes, None)
+    }
+
     /// A constant integer without axes.
     pub(super) fn int(&mut self, value: i64) -> ValueId {
         let ty = Type::new(ElementType::I64, []);

@@ -79,6 +79,8 @@ pub struct Lowered {
     pub notes: Vec<Note>,
     /// What each matrix of a product is multiplied with: values of the graph, by parameter.
     pub inputs: BTreeMap<String, BTreeSet<ValueId>>,
+    /// Why an operator did not take the integers of a parameter, by parameter; another one may have taken them.
+    pub refused: BTreeMap<String, String>,
 }
 
 /// A composite operation for which the target's best form was not used.
@@ -109,6 +111,7 @@ pub fn lower(model: &Graph<Model>, options: &Options) -> Result<Lowered> {
         named: HashSet::new(),
         shared: HashMap::new(),
         notes: BTreeMap::new(),
+        refused: BTreeMap::new(),
         order_kept: None,
         inside: Inside::default(),
         siblings: Siblings::default(),
@@ -137,7 +140,8 @@ pub fn lower(model: &Graph<Model>, options: &Options) -> Result<Lowered> {
         lowerer.e.graph.outputs.push(lowered);
     }
     let inputs = lowerer.inputs(model);
-    Ok(Lowered { graph: lowerer.e.graph, notes: lowerer.notes.into_values().collect(), inputs })
+    let Lowerer { e, notes, refused, .. } = lowerer;
+    Ok(Lowered { graph: e.graph, notes: notes.into_values().collect(), inputs, refused })
 }
 
 struct Lowerer<'s> {
@@ -150,6 +154,8 @@ struct Lowerer<'s> {
     /// Values that many nodes share, such as masks, by what they are.
     shared: HashMap<String, ValueId>,
     notes: BTreeMap<(String, String, String), Note>,
+    /// Why an operator did not take the integers of a parameter.
+    refused: BTreeMap<String, String>,
     /// Why tokens stay in the order in which they are given; nothing if rows are aligned to the left.
     order_kept: Option<String>,
     /// What attention rotates by itself.

@@ -87,21 +87,23 @@ impl Lowerer<'_> {
         let (up, down) = (named(model, operands.up.weight), named(model, operands.down.weight));
         let gate = operands.gate.map(|gate| named(model, gate.weight));
         let names = [Some(&up), Some(&down), gate.as_ref()];
-        let scheme = match self.experts_scheme(names.into_iter().flatten().map(|(name, _)| name.as_str())) {
+        let names: Vec<&str> = names.into_iter().flatten().map(|(name, _)| name.as_str()).collect();
+        let scheme = match self.experts_scheme(&names) {
             Ok(scheme) => scheme,
-            Err(reason) => return Ok(Form::Refused(reason)),
+            Err(reason) => return Ok(self.refuse(&names, reason)),
         };
         let block = scheme.block_size();
         let inputs = width(&up.1);
         if !inputs.is_multiple_of(block) {
-            return Ok(Form::Refused(format!("{inputs} columns are no whole number of blocks of {block}")));
+            let reason = format!("{inputs} columns are no whole number of blocks of {block}");
+            return Ok(self.refuse(&names, reason));
         }
         // The second projection's last block is filled up with zeros, so that many more rows of the first one, whatever
         // they hold, change nothing.
         let rows = op.intermediate_size.next_multiple_of(block);
         let call = match self.expert_call(op, "QMoE", (operands.x, rows)) {
             Ok(call) => call,
-            Err(reason) => return Ok(Form::Refused(reason)),
+            Err(reason) => return Ok(self.refuse(&names, reason)),
         };
         let first = match &gate {
             None => {
@@ -136,9 +138,13 @@ impl Lowerer<'_> {
     }
 
     /// The scheme of all projections of the experts, or why `QMoE` can not take them.
-    fn experts_scheme<'n>(&self, mut names: impl Iterator<Item = &'n str>) -> std::result::Result<Scheme, String> {
-        let scheme = names.next().and_then(|name| self.scheme(name)).ok_or("the experts are not quantised")?;
-        if names.any(|name| self.scheme(name) != Some(scheme)) {
+    fn experts_scheme(&self, names: &[&str]) -> std::result::Result<Scheme, String> {
+        let schemes: Vec<Scheme> = names.iter().filter_map(|name| self.scheme(name)).collect();
+        let scheme = *schemes.first().ok_or("the experts are not quantised")?;
+        if schemes.len() < names.len() {
+            return Err("the operator takes integers for all projections, and one is floats".to_owned());
+        }
+        if schemes.iter().any(|other| *other != scheme) {
             return Err("the operator takes one scheme for all projections".to_owned());
         }
         let least = self.options.target.limits("QMoE").block;

@@ -1,6 +1,7 @@
 //! Matrices as small integers: products, tables and experts that read them, and floats made from them.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use super::onnx_graph::{Part, Quantized};
 use super::{Form, Lowerer, Operator};
@@ -16,6 +17,8 @@ use crate::weight::Weight;
 pub struct Precision {
     /// By parameter.
     pub schemes: BTreeMap<String, Scheme>,
+    /// Of those, matrices whose columns stand in another order: which input each column is for, by parameter.
+    pub orders: BTreeMap<String, Arc<[i32]>>,
     /// `accuracy_level` of `MatMulNBits`: 4 quantises activations to 8 bits, 1 computes in float32, 0 leaves it open.
     pub accuracy_level: i64,
 }
@@ -44,6 +47,32 @@ impl Lowerer<'_> {
     /// The scheme of a parameter, if it is quantised.
     pub(super) fn scheme(&self, name: &str) -> Option<Scheme> {
         self.options.precision.and_then(|precision| precision.schemes.get(name)).copied()
+    }
+
+    /// Which input each column of a parameter's integers is for, if that is not its own.
+    pub(super) fn order(&self, name: &str) -> Option<Arc<[i32]>> {
+        self.options.precision.and_then(|precision| precision.orders.get(name)).cloned()
+    }
+
+    /// `[.., K]` in the order of a matrix's columns; matrices of one order share it.
+    pub(super) fn in_order(&mut self, name: &str, x: ValueId) -> Result<ValueId> {
+        let Some(order) = self.order(name) else { return Ok(x) };
+        let indices = self.e.indices(&order);
+        let what = format!("in_order/{x:?}/{indices:?}");
+        if let Some(known) = self.shared.get(&what) {
+            return Ok(*known);
+        }
+        let gathered = self.e.add(Operator::new("Gather").int("axis", -1), &[x, indices])?;
+        self.shared.insert(what, gathered);
+        Ok(gathered)
+    }
+
+    /// A form that does not take the integers of these parameters, as far as they have any.
+    pub(super) fn refuse<T>(&mut self, names: &[&str], reason: String) -> Form<T> {
+        let named = names.iter().filter(|name| self.scheme(name).is_some());
+        let named: Vec<_> = named.map(|name| ((*name).to_owned(), reason.clone())).collect();
+        self.refused.extend(named);
+        Form::Refused(reason)
     }
 
     /// How products with integers are computed.
@@ -100,11 +129,13 @@ impl Lowerer<'_> {
         let [x, weight, bias @ ..] = ids else { return Ok(None) };
         let (name, shape) = named(model, *weight);
         let Some(scheme) = self.scheme(&name) else { return Ok(None) };
-        let form = self.first_form("quantized_linear", |s, form| match form {
+        let operands = (*x, bias.first().copied());
+        self.first_form("quantized_linear", |s, form| match form {
             "MatMulNBits" => match (unfit(&scheme), shape.as_slice()) {
-                (Some(reason), _) => Ok(Form::Refused(reason)),
+                (Some(reason), _) => Ok(s.refuse(&[&name], reason)),
                 (None, &[rows, columns]) => {
                     let x = s.value(model, *x)?;
+                    let x = s.in_order(&name, x)?;
                     let bias = bias.first().map(|bias| s.value(model, *bias)).transpose()?;
                     let product =
                         s.matmul_nbits((x, bias), (&name, &[rows, columns]), &Weight::source(&name), &scheme)?;
@@ -113,9 +144,8 @@ impl Lowerer<'_> {
                 _ => Ok(Form::Done(None)),
             },
             // Floats are made from the integers, and then it is like any other.
-            _ => Ok(Form::Done(None)),
-        })?;
-        Ok(form)
+            _ => s.floats_in_order(model, operands, (&name, &shape), &scheme).map(Form::Done),
+        })
     }
 
     /// `x · weightᵀ + bias` with a weight `[N, K]` that is made from parameters.
@@ -153,15 +183,21 @@ impl Lowerer<'_> {
         let &[ids, table] = ids else { return Ok(None) };
         let (name, shape) = named(model, table);
         let Some(scheme) = self.scheme(&name) else { return Ok(None) };
-        self.first_form("quantized_embed", |s, form| match form {
-            "GatherBlockQuantized" if !matches!(scheme.bits(), 4 | 8) => {
-                Ok(Form::Refused(format!("the operator reads 4 and 8 bits, and not {}", scheme.bits())))
-            }
-            "GatherBlockQuantized" if scheme.has_float_zeros() => {
-                Ok(Form::Refused("the operator takes no float zero points".to_owned()))
-            }
-            "GatherBlockQuantized" => s.gather_quantized(model, ids, (&name, &shape), &scheme).map(Form::Done),
-            _ => Ok(Form::Done(None)),
+        self.first_form("quantized_embed", |s, form| {
+            let refusal = match form {
+                "GatherBlockQuantized" if !matches!(scheme.bits(), 4 | 8) => {
+                    format!("the operator reads 4 and 8 bits, and not {}", scheme.bits())
+                }
+                "GatherBlockQuantized" if scheme.has_float_zeros() => {
+                    "the operator takes no float zero points".to_owned()
+                }
+                "GatherBlockQuantized" if s.order(&name).is_some() => "its columns are permuted (act-order)".to_owned(),
+                "GatherBlockQuantized" => {
+                    return s.gather_quantized(model, ids, (&name, &shape), &scheme).map(Form::Done);
+                }
+                _ => return Ok(Form::Done(None)),
+            };
+            Ok(s.refuse(&[&name], refusal))
         })
     }
 
@@ -198,6 +234,30 @@ impl Lowerer<'_> {
     pub(super) fn dequantized(&mut self, model: &Graph<Model>, id: ValueId) -> Result<Option<ValueId>> {
         let (name, shape) = named(model, id);
         let Some(scheme) = self.scheme(&name) else { return Ok(None) };
+        // Whoever reads it does not know of its order.
+        if self.order(&name).is_some() { Ok(None) } else { self.floats(&name, &shape, &scheme) }
+    }
+
+    /// The product with a matrix made floats in the graph whose columns stand in another order; none for any other.
+    fn floats_in_order(
+        &mut self,
+        model: &Graph<Model>,
+        (x, bias): (ValueId, Option<ValueId>),
+        (name, shape): (&str, &[usize]),
+        scheme: &Scheme,
+    ) -> Result<Option<ValueId>> {
+        if self.order(name).is_none() {
+            return Ok(None);
+        }
+        let Some(weight) = self.floats(name, shape, scheme)? else { return Ok(None) };
+        let x = self.value(model, x)?;
+        let x = self.in_order(name, x)?;
+        let bias = bias.map(|bias| self.value(model, bias)).transpose()?;
+        self.linear(x, weight, bias).map(Some)
+    }
+
+    /// Floats made of a matrix's integers, in the order of its columns; none if the target has no way.
+    fn floats(&mut self, name: &str, shape: &[usize], scheme: &Scheme) -> Result<Option<ValueId>> {
         self.first_form("dequantize", |s, form| {
             if form != "DequantizeLinear" {
                 return Ok(Form::Done(None));
@@ -213,9 +273,9 @@ impl Lowerer<'_> {
                 {
                     "the zero points of a row with an odd number of blocks end within a byte".to_owned()
                 }
-                _ => return s.dequantize_linear(&name, &shape, &scheme).map(|value| Form::Done(Some(value))),
+                _ => return s.dequantize_linear(name, shape, scheme).map(|value| Form::Done(Some(value))),
             };
-            Ok(Form::Refused(refusal))
+            Ok(s.refuse(&[name], refusal))
         })
     }
 

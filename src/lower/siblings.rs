@@ -124,7 +124,9 @@ impl Lowerer<'_> {
     fn alike(&self, model: &Graph<Model>, a: &Member, b: &Member) -> bool {
         let scheme = |member: &Member| self.scheme(&model.value(member.weight).name);
         let kind = |member: &Member| model.ty(member.weight).element;
-        a.x == b.x && a.bias.is_some() == b.bias.is_some() && scheme(a) == scheme(b) && kind(a) == kind(b)
+        let order = |member: &Member| self.order(&model.value(member.weight).name);
+        let same = scheme(a) == scheme(b) && order(a) == order(b);
+        a.x == b.x && a.bias.is_some() == b.bias.is_some() && same && kind(a) == kind(b)
     }
 
     /// Joins products, if the target has a form for that.
@@ -191,6 +193,8 @@ impl Lowerer<'_> {
         let biases = parts(&|member| member.bias);
         let bias = if biases.is_empty() { None } else { Some(self.joined_parameter(&biases, kind)?) };
         let product = if let Some(scheme) = &group.scheme {
+            // Members have one order of columns.
+            let x = self.in_order(&model.value(first.weight).name, x)?;
             self.matmul_nbits((x, bias), (&name, &[rows.iter().sum(), columns]), &weight, scheme)?
         } else {
             let weight = self.joined_parameter(&weights, kind)?;

@@ -14,7 +14,7 @@ use super::json::json_file;
 use super::path::contained;
 use crate::element::{ElementType, StoredType};
 use crate::encoding::{
-    AffineRows, Catalogue, Configs, Layout, Logical, Parts, Role, Shapes, Stored, affine_rows, decode_rows,
+    AffineRows, Catalogue, Configs, Layout, Logical, Parts, Role, Shapes, Stored, affine_rows, decode_rows, order,
 };
 use crate::error::{Code, Error, Result};
 use crate::weight::write_floats;
@@ -190,7 +190,8 @@ pub(super) fn stored_type(element: ElementType) -> StoredType {
 }
 
 impl Checkpoint {
-    /// Integers, scales and zero points of rows of a quantised weight, all axes but the last counted together.
+    /// Integers, scales and zero points of rows of a quantised weight, all axes but the last counted together; the
+    /// columns as [`Self::column_order`] says.
     ///
     /// # Errors
     /// A weight that has no such form, or is not quantised.
@@ -198,7 +199,18 @@ impl Checkpoint {
         let Some(logical) = self.logical(tensor) else {
             return Err(Error::new(Code::QuantizationUnsupported, quoted(&tensor.name)).found("no quantised weight"));
         };
-        affine_rows(logical, &Held::new(self, logical)?, rows, None)
+        let held = Held::new(self, logical)?;
+        let order = order(logical, &held)?;
+        affine_rows(logical, &held, rows, order.as_deref())
+    }
+
+    /// The order in which [`Self::affine_rows`] gives the columns of a quantised weight, one group after the other:
+    /// column j of its integers is column `order[j]` of the weight. None where that is their own order.
+    ///
+    /// # Errors
+    /// Groups that no order turns into blocks.
+    pub fn column_order(&self, tensor: &TensorInfo) -> Result<Option<Vec<usize>>> {
+        self.logical(tensor).map_or(Ok(None), |logical| order(logical, &Window(self)))
     }
 
     /// Decodes the bytes of a quantised weight from `first` on, as its float type would be stored.

@@ -1,12 +1,13 @@
 //! Matrices that a checkpoint stores as integers already, in a form that the operators read as it is.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use crate::bind::Parameter;
 use crate::element::{ElementType, StoredType};
 use crate::encoding::{Logical, Role, ZeroKind, affine};
 use crate::quantize::{ScaleType, Scheme, ZeroPoints};
-use crate::read::Checkpoint;
+use crate::read::{Checkpoint, TensorInfo};
 use crate::weight::{Evaluation, Tensors};
 
 /// What a checkpoint's quantised parameters can be.
@@ -16,6 +17,8 @@ pub struct Stored {
     pub(super) method: String,
     /// Parameters whose integers fit, with their scheme.
     pub(super) schemes: BTreeMap<String, Scheme>,
+    /// Of those, the ones whose columns are kept in the order of their groups: which input each column is for.
+    pub(super) orders: BTreeMap<String, Arc<[i32]>>,
     /// Of those, the ones whose scales had to be computed: their last bit may differ from the library's.
     pub(super) folded: Vec<String>,
     /// Parameters that are decoded to floats, and why.
@@ -27,14 +30,15 @@ impl Stored {
     pub fn new(parameters: &[Parameter], checkpoint: &Checkpoint) -> Option<Self> {
         let mut found = Self { method: checkpoint.catalogue()?.method.clone(), ..Self::default() };
         for parameter in parameters {
-            let tensors: Vec<Option<&Logical>> =
-                parameter.weight.sources().into_iter().map(|name| logical(checkpoint, name)).collect();
+            let tensors: Vec<Option<Tensor<'_>>> =
+                parameter.weight.sources().into_iter().map(|name| quantized(checkpoint, name)).collect();
             if tensors.iter().all(Option::is_none) {
                 continue;
             }
-            match scheme(parameter, &tensors, checkpoint) {
-                Ok((scheme, exact)) => {
+            match form(parameter, &tensors, checkpoint) {
+                Ok(Form { scheme, exact, order }) => {
                     found.schemes.insert(parameter.name.clone(), scheme);
+                    found.orders.extend(order.map(|order| (parameter.name.clone(), order)));
                     if !exact {
                         found.folded.push(parameter.name.clone());
                     }
@@ -46,22 +50,40 @@ impl Stored {
     }
 }
 
-fn logical<'c>(checkpoint: &'c Checkpoint, name: &str) -> Option<&'c Logical> {
-    checkpoint.logical(checkpoint.get(name)?)
+type Tensor<'c> = (&'c TensorInfo, &'c Logical);
+
+/// How the operators read a parameter.
+#[derive(Debug, Clone, PartialEq)]
+struct Form {
+    scheme: Scheme,
+    /// They compute with exactly the stored scales.
+    exact: bool,
+    /// Which input each column is for, where columns are not in the order of the inputs.
+    order: Option<Arc<[i32]>>,
 }
 
-/// The scheme of a parameter, and whether the operators compute with exactly the stored scales; or why it has none.
-fn scheme(
-    parameter: &Parameter,
-    tensors: &[Option<&Logical>],
-    checkpoint: &Checkpoint,
-) -> Result<(Scheme, bool), String> {
-    let mut common = None;
+fn quantized<'c>(checkpoint: &'c Checkpoint, name: &str) -> Option<Tensor<'c>> {
+    let tensor = checkpoint.get(name)?;
+    Some((tensor, checkpoint.logical(tensor)?))
+}
+
+/// The form of a parameter, or why it has none.
+fn form(parameter: &Parameter, tensors: &[Option<Tensor<'_>>], checkpoint: &Checkpoint) -> Result<Form, String> {
+    let mut common: Option<Form> = None;
     for tensor in tensors {
-        let logical = tensor.ok_or("a part of it is not quantised")?;
-        let own = of_tensor(logical)?;
-        if *common.get_or_insert(own) != own {
-            return Err("its parts are quantised in different ways".to_owned());
+        let (tensor, logical) = tensor.ok_or("a part of it is not quantised")?;
+        let own = of_tensor(tensor, logical, checkpoint)?;
+        if own.order.is_some() && parameter.shape.len() != 2 {
+            return Err("its columns are permuted (act-order), which only products of one matrix can follow".to_owned());
+        }
+        match &common {
+            Some(common) if (common.scheme, common.exact) != (own.scheme, own.exact) => {
+                return Err("its parts are quantised in different ways".to_owned());
+            }
+            Some(common) if common.order != own.order => {
+                return Err("its parts have different orders of columns (act-order)".to_owned());
+            }
+            _ => common = Some(own),
         }
         if logical.columns() != parameter.shape.last().copied().unwrap_or(0) {
             return Err("its rows are not those of the stored tensors".to_owned());
@@ -74,11 +96,9 @@ fn scheme(
     common.ok_or_else(|| "it is made of nothing".to_owned())
 }
 
-fn of_tensor(logical: &Logical) -> Result<(Scheme, bool), String> {
+fn of_tensor(tensor: &TensorInfo, logical: &Logical, checkpoint: &Checkpoint) -> Result<Form, String> {
     let form = affine(logical)?;
-    if form.ordered {
-        return Err("its columns are permuted (act-order)".to_owned());
-    }
+    let order = if form.ordered { order(tensor, checkpoint)? } else { None };
     let zeros = match form.zeros {
         ZeroKind::Middle => ZeroPoints::Implicit,
         ZeroKind::Integers => ZeroPoints::Integers,
@@ -92,7 +112,14 @@ fn of_tensor(logical: &Logical) -> Result<(Scheme, bool), String> {
         Some(StoredType::BF16) if form.exact && alike => ScaleType::BFloat16,
         _ => ScaleType::Float32,
     };
-    Ok((Scheme::stored(form.bits, form.block, zeros, scales)?, form.exact))
+    Ok(Form { scheme: Scheme::stored(form.bits, form.block, zeros, scales)?, exact: form.exact, order })
+}
+
+/// Which input each column is for, once the columns of a group stand together.
+fn order(tensor: &TensorInfo, checkpoint: &Checkpoint) -> Result<Option<Arc<[i32]>>, String> {
+    let order = checkpoint.column_order(tensor).map_err(|error| error.found)?;
+    let index = |column: usize| i32::try_from(column).map_err(|_| format!("column {column} has no 32-bit index"));
+    order.map(|order| order.into_iter().map(index).collect()).transpose()
 }
 
 /// What headers say of the tensors; nothing is read.

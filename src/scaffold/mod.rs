@@ -48,8 +48,9 @@ pub struct Draft {
     pub failure: Option<String>,
 }
 
-/// Drafts a template for a repository.
-pub fn draft(repository: &Repository) -> Result<Draft> {
+/// Drafts a template for a repository. Of quantised weights it sees what they are decoded to.
+pub fn draft(repository: &mut Repository) -> Result<Draft> {
+    let undecoded = decoded(repository).err();
     let config = &repository.config;
     let model_type = config.get("model_type").and_then(Value::as_str).unwrap_or("unknown");
     let nearest = nearest(config, &repository.checkpoint)?;
@@ -62,13 +63,20 @@ pub fn draft(repository: &Repository) -> Result<Draft> {
         Some(candidate) => variant(&mut sheet, &known, candidate),
         None => stranger::fill(&mut sheet, &known),
     }
-    let head = head(model_type, &extends, &nearest, config.contains_key("auto_map"));
+    let mut head = head(model_type, &extends, &nearest, config.contains_key("auto_map"));
+    if let Some(catalogue) = repository.checkpoint.catalogue() {
+        let _ = writeln!(
+            head,
+            "# The weights are quantised ({}): below they are what they are decoded to.",
+            printable(&catalogue.method)
+        );
+    }
     // What is still unread is only known once the rest is read.
     let bare = Template::parse(DRAFT, &(head.clone() + &sheet.text()))?;
     unread(&mut sheet, &bare, config);
     let body = sheet.text();
     let template = Template::parse(DRAFT, &(head.clone() + &body))?;
-    let failure = check(&template, repository).err().map(|error| error.to_string());
+    let failure = undecoded.or_else(|| check(&template, repository).err()).map(|error| error.to_string());
     let state = match &failure {
         None => "# Every tensor is bound and a graph can be built. Whether it computes the right thing only a golden can say.\n".to_owned(),
         Some(error) => {
@@ -84,6 +92,12 @@ pub fn draft(repository: &Repository) -> Result<Draft> {
         todos: sheet.todos,
         failure,
     })
+}
+
+/// Has the checkpoint present quantised weights as the floats that they stand for, as far as they say their shapes
+/// themselves: no architecture is known that could.
+pub(crate) fn decoded(repository: &mut Repository) -> Result<()> {
+    repository.decode(&|_| None)
 }
 
 /// The name of a draft in errors.

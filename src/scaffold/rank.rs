@@ -11,7 +11,7 @@ use crate::build::{self, Logits};
 use crate::describe::{self, Catalogue, Template};
 use crate::error::{Code, Error, Result};
 use crate::graph::{Dim, Source};
-use crate::read::Checkpoint;
+use crate::read::{Checkpoint, Repository};
 
 /// How well a template fits a repository.
 #[derive(Debug, Clone, Serialize)]
@@ -61,11 +61,13 @@ pub fn nearest(config: &Map<String, Value>, checkpoint: &Checkpoint) -> Result<V
 
 /// An unknown `model_type`'s error, with the nearest templates by the checkpoint's tensors.
 #[must_use]
-pub fn with_nearest(error: Error, config: &Map<String, Value>, checkpoint: &Checkpoint) -> Error {
+pub fn with_nearest(error: Error, repository: &mut Repository) -> Error {
     if error.code != Code::ModelTypeUnknown {
         return error;
     }
-    let Ok(all) = nearest(config, checkpoint) else { return error };
+    // What can not be decoded is compared as it is stored: the model's type is what is wrong first.
+    drop(super::decoded(repository));
+    let Ok(all) = nearest(&repository.config, &repository.checkpoint) else { return error };
     let list = |measure: fn(&Candidate) -> f64| {
         let near = all.iter().filter(|candidate| measure(candidate) > 0.0).take(3);
         near.map(|c| format!("{} ({})", c.template, Candidate::percent(measure(c)))).collect::<Vec<_>>().join(", ")

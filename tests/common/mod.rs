@@ -5,6 +5,7 @@
 
 pub mod hub;
 pub mod models;
+pub mod packers;
 pub mod python;
 pub mod quantized;
 pub mod rounding;
