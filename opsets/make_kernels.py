@@ -21,6 +21,7 @@ from pathlib import Path
 ONNXRUNTIME = "1.31.1"
 OLDEST, NEWEST = 17, 23          # as in make.py
 TYPES = ("float", "float16", "bfloat16", "int64", "int32", "uint8", "bool")
+CACHES = ("int8", "float8e4m3fn")  # also, for caches of keys and values
 FOREVER = 2**31 - 1
 HERE = Path(__file__).resolve().parent
 
@@ -48,7 +49,8 @@ def lines():
             continue
         if since > newest or (domain == "" and until < OLDEST):
             continue
-        types = {name: [t for t in TYPES if f"tensor({t})" in found] for name, found in kernel.type_constraints.items()}
+        asked = {name: TYPES + (CACHES if name == "T_CACHE" else ()) for name in kernel.type_constraints}
+        types = {name: [t for t in asked[name] if f"tensor({t})" in found] for name, found in kernel.type_constraints.items()}
         if not all(types.values()):
             continue
         row = {"name": kernel.op_name, "since": since}

@@ -12,7 +12,7 @@ use serde_json::Value;
 use crate::bind::{self, Initializer, Plan};
 use crate::build::{self, Logits};
 use crate::describe::{self, Description};
-use crate::element::ElementType;
+use crate::element::{CacheType, ElementType};
 use crate::error::{Code, Error, Result};
 use crate::graph::Graph;
 use crate::lower::{self, Cache, CacheScales, Lowered, Padding, Precision, Stored};
@@ -62,8 +62,18 @@ pub enum KvCache {
     /// In what is computed in.
     #[default]
     Float,
-    /// In int8, with a scale for each element of each head. Without scales a model compiles, but is not written.
-    Int8(Option<Measured>),
+    /// In 8 bits, with a scale for each element of each head. Without scales a model compiles, but is not written.
+    Quantized(CacheType, Option<Measured>),
+}
+
+impl KvCache {
+    /// What they hold, if they are not float.
+    pub fn kind(&self) -> Option<CacheType> {
+        match self {
+            Self::Float => None,
+            Self::Quantized(kind, _) => Some(*kind),
+        }
+    }
 }
 
 /// Scales of caches, and the text on which they were measured.
@@ -216,8 +226,8 @@ pub fn write_calibrated(
     calibration: Option<(&mut dyn write::Calibration, Calibrated)>,
     progress: impl FnMut(u64) + Send,
 ) -> Result<Written> {
-    if options.cache == KvCache::Int8(None) {
-        return Err(Error::new(Code::UsageInvalid, "--kv-cache int8")
+    if let KvCache::Quantized(kind, None) = &options.cache {
+        return Err(Error::new(Code::UsageInvalid, format!("--kv-cache {kind}"))
             .found("no scales for what is cached")
             .expected("those that were measured while the model read a text")
             .help("give one: --calibrate FILE"));
@@ -275,7 +285,7 @@ impl Options {
     pub fn lowering<'s>(&'s self, stored: Option<&'s Stored>, precision: Option<&'s Precision>) -> lower::Options<'s> {
         let cache = match &self.cache {
             KvCache::Float => Cache::Float,
-            KvCache::Int8(measured) => Cache::Int8(measured.as_ref().map(|measured| &measured.scales)),
+            KvCache::Quantized(kind, measured) => Cache::Quantized(*kind, measured.as_ref().map(|m| &m.scales)),
         };
         let Self { target, element, padding, positions, .. } = *self;
         lower::Options { target, element, padding, positions, stored, precision, cache }
@@ -346,7 +356,7 @@ impl Compiled {
             onnx_file: format!("onnx/{}", self.file_name(options)),
             dtype: options.element,
             quantized: self.suffix().map(|suffix| suffix.trim_start_matches('_')),
-            cache: if options.cache == KvCache::Float { options.computed() } else { ElementType::I8 },
+            cache: options.cache.kind().map_or(options.computed(), CacheType::element),
             data_files: self.layout.written.len(),
             vocab_size: spec.vocab_size,
             context_length: options.max_length.unwrap_or(spec.context_length).min(spec.context_length),

@@ -1,9 +1,11 @@
 //! Element types of tensors: what a checkpoint holds, what a graph computes in.
 
+mod cached;
 mod stored;
 
 use std::fmt;
 
+pub use cached::CacheType;
 pub use stored::StoredType;
 
 /// Element type of a tensor.
@@ -25,6 +27,8 @@ pub enum ElementType {
     I8,
     /// Unsigned 8-bit integer.
     U8,
+    /// 8-bit float, 4 exponent bits, without infinities.
+    F8E4M3,
     /// Signed 4-bit integer, two in a byte, the first in its low half.
     I4,
     /// Boolean, one byte each.
@@ -43,7 +47,7 @@ impl ElementType {
     /// Size of one element in bytes; of those that are smaller, a whole byte.
     pub fn size(self) -> usize {
         match self {
-            Self::I4 | Self::I8 | Self::U8 | Self::Bool => 1,
+            Self::I4 | Self::I8 | Self::U8 | Self::F8E4M3 | Self::Bool => 1,
             Self::F16 | Self::BF16 => 2,
             Self::F32 | Self::I32 => 4,
             Self::F64 | Self::I64 => 8,
@@ -62,6 +66,7 @@ impl ElementType {
             Self::F16 => 10,
             Self::F64 => 11,
             Self::BF16 => 16,
+            Self::F8E4M3 => 17,
             Self::I4 => 22,
         }
     }
@@ -77,12 +82,13 @@ impl ElementType {
             Self::I32 => "tensor(int32)",
             Self::I8 => "tensor(int8)",
             Self::U8 => "tensor(uint8)",
+            Self::F8E4M3 => "tensor(float8e4m3fn)",
             Self::I4 => "tensor(int4)",
             Self::Bool => "tensor(bool)",
         }
     }
 
-    /// True for the floating-point types.
+    /// True for the floating-point types that are computed in.
     pub fn is_float(self) -> bool {
         matches!(self, Self::F32 | Self::F16 | Self::BF16 | Self::F64)
     }
@@ -99,6 +105,7 @@ impl fmt::Display for ElementType {
             Self::I32 => "i32",
             Self::I8 => "i8",
             Self::U8 => "u8",
+            Self::F8E4M3 => "f8e4m3",
             Self::I4 => "i4",
             Self::Bool => "bool",
         })

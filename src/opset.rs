@@ -12,7 +12,7 @@ use std::sync::OnceLock;
 
 use serde::Deserialize;
 
-use crate::element::ElementType;
+use crate::element::{CacheType, ElementType};
 use crate::error::{Code, Error, Result};
 
 /// ONNX's own domain, as it is written in a node.
@@ -55,6 +55,8 @@ pub struct Target {
     pub provider: Option<String>,
     /// What the provider computes; everything, if it is for none.
     pub kernels: Option<Kernels>,
+    /// The caches in 8 bits that its attention keeps.
+    pub kv_caches: Vec<CacheType>,
     /// What single operators ask of their operands there, beyond their schemas.
     limits: BTreeMap<String, Limits>,
 }
@@ -80,10 +82,23 @@ pub struct Limits {
     /// Fewest integers that share a scale.
     #[serde(default = "one")]
     pub block: usize,
+    /// Largest head whose cache it keeps in 8 bits.
+    #[serde(default = "any")]
+    pub quantized_head: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { widths: one(), block: one(), quantized_head: any() }
+    }
 }
 
 fn one() -> usize {
     1
+}
+
+fn any() -> usize {
+    usize::MAX
 }
 
 /// A target's file.
@@ -99,6 +114,8 @@ struct TargetFile {
     positions: Positions,
     opset: BTreeMap<String, u32>,
     lowering: BTreeMap<String, Vec<String>>,
+    #[serde(default)]
+    kv_caches: Vec<String>,
     #[serde(default)]
     limits: BTreeMap<String, Limits>,
 }
@@ -137,7 +154,7 @@ impl Target {
 
     /// What an operator asks of its operands, beyond its schema.
     pub fn limits(&self, op_type: &str) -> Limits {
-        self.limits.get(op_type).copied().unwrap_or(Limits { widths: 1, block: 1 })
+        self.limits.get(op_type).copied().unwrap_or_default()
     }
 
     /// The type of weights where none is asked for.
@@ -153,6 +170,7 @@ impl Target {
             let found = floats.into_iter().find(|element| element.to_string() == *dtype);
             found.ok_or_else(|| invalid(format!("dtype {dtype}")))
         };
+        let cache = |name: &String| CacheType::named(name).ok_or_else(|| invalid(format!("a cache in {name}")));
         Ok(Self {
             name: name.to_owned(),
             description: file.description,
@@ -163,6 +181,7 @@ impl Target {
             lowering: file.lowering,
             provider: file.provider,
             positions: file.positions,
+            kv_caches: file.kv_caches.iter().map(cache).collect::<Result<_>>()?,
             limits: file.limits,
             kernels: kernels.map(Kernels::parse).transpose().map_err(invalid)?,
         })

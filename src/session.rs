@@ -1,8 +1,10 @@
 //! A decoder in onnxruntime: opened from a built directory, run step by step with its state kept as onnxruntime's own values.
 
+mod in_place;
 mod open;
 mod placement;
 mod probe;
+mod recast;
 mod row;
 mod value;
 
@@ -35,6 +37,8 @@ pub struct Options {
     pub provider_options: Vec<(String, String)>,
     /// Records where each node runs, for [`Decoder::placement`].
     pub placement: bool,
+    /// Past and present are one buffer in every run, where they may be. Caches in 8 bits on a GPU are so in any case.
+    pub in_place: bool,
 }
 
 impl Options {
@@ -138,6 +142,17 @@ pub enum Dim {
     Length,
 }
 
+/// Whether past and present of a cache are one buffer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Buffers {
+    /// They are two.
+    Apart,
+    /// They may be one.
+    Either,
+    /// They are one in every run.
+    One,
+}
+
 /// A decoder in onnxruntime.
 #[derive(Debug)]
 pub struct Decoder {
@@ -149,7 +164,7 @@ pub struct Decoder {
     logits: String,
     hidden: Vec<(usize, String)>,
     element: ElementType,
-    shared: bool,
+    buffers: Buffers,
     vocabulary: Option<u32>,
     provider: Provider,
     device: i32,
@@ -169,8 +184,12 @@ impl Decoder {
         let session = open_session(environment()?, &file, options, profile.as_ref());
         let session = session.map_err(|e| not_opened(&file, options, &e))?;
         let (caches, provider, device) = (Caches::of(path), options.provider, options.device()?);
-        let mut decoder = Self { shared: caches.shared, provider, device, profile, ..Self::inspect(session, file)? };
+        let mut decoder = Self { provider, device, profile, ..Self::inspect(session, file)? };
         decoder.slots.iter_mut().for_each(|slot| caches.complete(slot));
+        decoder.buffers = if caches.shared { Buffers::Either } else { Buffers::Apart };
+        if decoder.shares_buffers() && (options.in_place || decoder.needs_one_buffer()) {
+            decoder.buffers = Buffers::One;
+        }
         Ok(decoder)
     }
 
@@ -203,7 +222,7 @@ impl Decoder {
         hidden.sort();
         let vocabulary = logits.dtype().tensor_shape().and_then(|shape| u32::try_from(*shape.last()?).ok());
         let (has_mask, has_positions, logits) = (has(MASK), has(POSITIONS), logits.name().to_owned());
-        let (shared, provider, device, profile) = (false, Provider::Cpu, 0, None);
+        let (buffers, provider, device, profile) = (Buffers::Apart, Provider::Cpu, 0, None);
         Ok(Self {
             session,
             file,
@@ -213,7 +232,7 @@ impl Decoder {
             logits,
             hidden,
             element,
-            shared,
+            buffers,
             vocabulary,
             provider,
             device,
@@ -294,6 +313,9 @@ impl Decoder {
         hidden: bool,
     ) -> Result<(DynValue, Vec<DynValue>)> {
         crate::interrupt::check()?;
+        if self.buffers == Buffers::One {
+            return self.step_in_place([ids, mask, positions], state, hidden);
+        }
         let file = self.file.clone();
         let failed = |e: ort::Error| refused(&file, &e);
         let mut feed: Vec<(&str, SessionInputValue<'_>)> = vec![(IDS, tensor(ids).map_err(failed)?.into())];

@@ -4,8 +4,8 @@
 mod common;
 
 use common::{Case, TestResult, cases};
-use hf2onnx::compile::{Options, compile};
-use hf2onnx::element::ElementType;
+use hf2onnx::compile::{KvCache, Options, compile};
+use hf2onnx::element::{CacheType, ElementType};
 use hf2onnx::opset::{self, Positions};
 use hf2onnx::recipe::{Changes, Recipe};
 use rayon::prelude::*;
@@ -58,6 +58,35 @@ fn every_node_has_a_kernel() -> TestResult {
         })
         .collect();
     assert!(lines.is_empty(), "{} nodes:\n{}", lines.len(), lines.join("\n"));
+    Ok(())
+}
+
+/// Wherever the fused attention is, it has a kernel for a cache in 8 bits; elsewhere such a cache is refused.
+#[test]
+fn every_attention_on_a_cache_in_8_bits_has_a_kernel() -> TestResult {
+    let (mut built, mut refused) = (0, 0);
+    for case in cases()? {
+        for kind in CacheType::ALL {
+            for element in [ElementType::F16, ElementType::BF16] {
+                let float = Options { element, ..case.options(TARGET)? };
+                let attention = |note: &hf2onnx::lower::Note| note.composite == "attention";
+                let fused = !compile(&float)?.lowered.notes.iter().any(attention);
+                let options = Options { cache: KvCache::Quantized(kind, None), ..float };
+                match without_kernel(&case.name, &options) {
+                    Ok(lines) => {
+                        assert!(lines.is_empty(), "{}", lines.join("\n"));
+                        built += 1;
+                    }
+                    Err(error) => {
+                        let text = error.to_string();
+                        assert!(!fused && text.contains("--kv-cache"), "{} with {kind}: {text}", case.name);
+                        refused += 1;
+                    }
+                }
+            }
+        }
+    }
+    assert!(built > 200 && refused > 20, "{built} built, {refused} refused");
     Ok(())
 }
 

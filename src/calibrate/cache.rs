@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use super::Calibration;
 use crate::build::caches;
 use crate::compile::Measured;
+use crate::element::CacheType;
 use crate::error::{Code, Error, Result};
 use crate::lower::CacheScales;
 use crate::recipe::Calibrated;
@@ -14,8 +15,6 @@ use crate::spec::{ModelSpec, Projection, RopeLayout};
 /// How far beyond the largest magnitude of the text the codes reach: another text comes to a little more, and what does
 /// not fit is cut off.
 const MARGIN: f32 = 1.1;
-/// The largest code; the operator also has -128, which no scale needs.
-const LARGEST: f32 = 127.0;
 
 /// A cache of keys or of values.
 #[derive(Debug)]
@@ -80,11 +79,11 @@ impl CacheSite {
 }
 
 impl Calibration {
-    /// The scales of the model's caches, each element's by its largest magnitude while the model reads the text.
+    /// The scales of the model's caches of a type, each element's by its largest magnitude while the model reads the text.
     ///
     /// # Errors
     /// onnxruntime fails, or a cache holds what is no number.
-    pub fn cache_scales(&self) -> Result<Measured> {
+    pub fn cache_scales(&self, kind: CacheType) -> Result<Measured> {
         let names: Vec<String> = self.caches.iter().map(|site| site.present.clone()).collect();
         let mut largest: Vec<Vec<f32>> = self.caches.iter().map(|site| vec![0.0; site.heads * site.size]).collect();
         let mut probe = Probe::open(self.model.path(), &session::Options::default(), &names)?;
@@ -102,10 +101,10 @@ impl Calibration {
                 return Err(Error::new(Code::RuntimeFailed, &site.present)
                     .found("a number that is not finite")
                     .expected("finite keys and values while the model reads the calibration text")
-                    .help("build without --kv-cache int8"));
+                    .help(format!("build without --kv-cache {kind}")));
             }
             // An element that is always zero has any scale.
-            let scale = |magnitude: f32| if magnitude > 0.0 { magnitude * MARGIN / LARGEST } else { 1.0 };
+            let scale = |magnitude: f32| if magnitude > 0.0 { magnitude * MARGIN / kind.largest() } else { 1.0 };
             scales.insert(site.past.clone(), largest.into_iter().map(scale).collect());
         }
         let record = Calibrated { method: "largest magnitude", ..self.record.clone() };

@@ -241,8 +241,8 @@ impl Build {
         }
         let force = if self.force { Force::Yes } else { Force::No };
         let mut calibration = self.calibration(&options, output)?;
-        if let (KvCache::Int8(_), Some(calibration)) = (&options.cache, &calibration) {
-            options.cache = KvCache::Int8(Some(calibration.cache_scales()?));
+        if let (Some(kind), Some(calibration)) = (options.cache.kind(), &calibration) {
+            options.cache = KvCache::Quantized(kind, Some(calibration.cache_scales(kind)?));
             compiled = compile(&options)?;
         }
         let bar = progress_bar(compiled.layout.written_bytes(), output);

@@ -6,6 +6,7 @@ use clap::{Args, ValueEnum};
 
 use crate::calibrate::{self, Text};
 use crate::compile::KvCache;
+use crate::element::CacheType;
 use crate::error::{Code, Error, Result};
 use crate::quantize;
 use crate::recipe::{Changes, Recipe};
@@ -36,7 +37,8 @@ pub(super) struct QuantizationOptions {
     /// How products are computed: 0 open, 1 float32, 4 with 8-bit activations, the fastest on CPUs [default: 4]
     #[arg(long, value_name = "LEVEL")]
     accuracy_level: Option<i64>,
-    /// Weigh errors by what a matrix is multiplied with while the model reads this text, and measure an int8 cache's scales
+    /// Weigh errors by what a matrix is multiplied with while the model reads this text, and measure the scales of a
+    /// cache in 8 bits
     #[arg(long, value_name = "FILE")]
     calibrate: Option<PathBuf>,
     /// Tokens of that text to read at most
@@ -51,8 +53,10 @@ pub(super) struct QuantizationOptions {
 enum CacheOption {
     /// What is computed in
     Float,
-    /// int8, a quarter of float32, with a scale for each channel that --calibrate measures
+    /// int8, a quarter of float32, with a scale for each channel that --calibrate measures; ort-cpu and ort-cuda
     Int8,
+    /// float8e4m3fn, as many bytes with scales of the same kind; ort-cuda
+    Fp8,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -90,11 +94,12 @@ impl QuantizationOptions {
         let error = |flag: &str| Error::new(Code::UsageInvalid, flag);
         match (self.kv_cache, &self.calibrate, &self.quant) {
             (CacheOption::Float, Some(_), None) => Err(error("--calibrate")
-                .found("neither --quant nor --kv-cache int8 beside it")
+                .found("neither --quant nor --kv-cache int8 or fp8 beside it")
                 .expected("something that is quantised by what the text shows")
                 .help("name a scheme: --quant SCHEME")),
             (CacheOption::Float, ..) => Ok(KvCache::Float),
-            (CacheOption::Int8, ..) => Ok(KvCache::Int8(None)),
+            (CacheOption::Int8, ..) => Ok(KvCache::Quantized(CacheType::Int8, None)),
+            (CacheOption::Fp8, ..) => Ok(KvCache::Quantized(CacheType::Fp8, None)),
         }
     }
 

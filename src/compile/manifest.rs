@@ -88,11 +88,11 @@ impl Manifest {
             },
             quantization: compiled.quantization.clone(),
             kv_cache: match &options.cache {
-                KvCache::Int8(Some(measured)) => {
+                KvCache::Quantized(kind, Some(measured)) => {
                     let calibration = measured.record.clone();
-                    Some(CacheRecord { r#type: "int8", scales: "per channel", calibration })
+                    Some(CacheRecord { r#type: kind.as_str(), scales: "per channel", calibration })
                 }
-                KvCache::Int8(None) | KvCache::Float => None,
+                KvCache::Quantized(_, None) | KvCache::Float => None,
             },
             weights: match options.weights {
                 Weights::Pack { .. } => "pack",

@@ -17,6 +17,7 @@ use serde_json::Value;
 
 use crate::compile::{Compiled, Options};
 use crate::describe::{Accounting, Template};
+use crate::element::CacheType;
 use crate::graph::{Dim, Symbol};
 use crate::lower::Note;
 use crate::recipe::Quantization;
@@ -72,12 +73,21 @@ pub struct Sizes {
     pub dtype: String,
     /// Bytes of the caches for each token.
     pub cache_bytes_per_token: u64,
+    /// What the caches hold, if they are not float.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cache_type: Option<&'static str>,
     /// Bytes of state that does not grow with the sequence.
     pub state_bytes: u64,
     /// Target.
     pub target: String,
     /// Nodes of its graph.
     pub nodes: usize,
+}
+
+impl Sizes {
+    fn cache_words(&self) -> String {
+        self.cache_type.map(|kind| format!(", in {kind}")).unwrap_or_default()
+    }
 }
 
 impl From<&Template> for TemplateWords {
@@ -130,6 +140,7 @@ fn sizes(compiled: &Compiled, options: &Options) -> Sizes {
         built_bytes: compiled.plan.initializers.iter().map(crate::bind::Initializer::bytes).sum(),
         dtype: options.element.to_string(),
         cache_bytes_per_token: per_token,
+        cache_type: options.cache.kind().map(CacheType::as_str),
         state_bytes: state,
         target: options.target.name.clone(),
         nodes: graph.nodes.len(),
@@ -155,7 +166,7 @@ impl fmt::Display for Inspection {
             ("parameters", format!("{count} in {} tensors", s.tensors)),
             ("stored", format!("{} of {}", bytes(s.stored_bytes), s.stored_types.join(", "))),
             ("as built", format!("{} of {}", bytes(s.built_bytes), s.dtype)),
-            ("cache", format!("{} for each token", bytes(s.cache_bytes_per_token))),
+            ("cache", format!("{} for each token{}", bytes(s.cache_bytes_per_token), s.cache_words())),
         ];
         if s.state_bytes > 0 {
             lines.push(("state", format!("{} for each row, whatever its length", bytes(s.state_bytes))));

@@ -31,9 +31,12 @@ impl Lowerer<'_> {
             return Ok(Some("the target has no such form".to_owned()));
         }
         let element = self.compute();
-        let half = [Some(element); 5].into_iter().chain([Some(ElementType::I32); 2]).collect::<Vec<_>>();
-        if !self.e.runs(&Operator::microsoft("GroupQueryAttention"), &half, &[Some(element)]) {
-            return Ok(Some(format!("the provider has no kernel of the operator for {element}")));
+        let cached = self.cached();
+        let inputs = [[element; 3].as_slice(), &[cached; 2], &[ElementType::I32; 2]].concat();
+        let inputs: Vec<_> = inputs.into_iter().map(Some).collect();
+        if !self.e.runs(&Operator::microsoft("GroupQueryAttention"), &inputs, &[Some(element), Some(cached)]) {
+            let cache = if cached == element { String::new() } else { format!(" with a cache of {cached}") };
+            return Ok(Some(format!("the provider has no kernel of the operator for {element}{cache}")));
         }
         let refusal = model.nodes.iter().find_map(|node| match &node.op {
             Composite::Attention(op) => refusal(op).map(|reason| format!("{}: {reason}", node.name)),

@@ -1,9 +1,9 @@
 //! Attention with a cache, in onnxruntime's operator, in ONNX's, or spelled out.
 
-use super::cache::{Cache, no_int8};
+use super::cache::{Cache, no_cache, refused};
 use super::{Form, Lowerer, Operator, Padding};
 use crate::build::{AttentionOp, Model};
-use crate::element::ElementType;
+use crate::element::{CacheType, ElementType};
 use crate::error::{Code, Error, Result};
 use crate::graph::{Dim, Graph, Shape, ValueId};
 use crate::spec::RopeLayout;
@@ -52,8 +52,8 @@ impl Lowerer<'_> {
         if let Some(rotation) = self.inside.rotation(ids.first()).cloned() {
             operands.rotation = Some((self.place_table(model, &rotation)?, rotation.layout));
         }
-        if let Cache::Int8(_) = self.options.cache {
-            return self.attention_on_int8(op, operands);
+        if let Cache::Quantized(kind, _) = self.options.cache {
+            return self.attention_on_quantized(kind, op, operands);
         }
         self.first_form("attention", |s, form| match form {
             super::aligned::FORM => s.aligned_attention(op, operands),
@@ -141,7 +141,7 @@ impl Lowerer<'_> {
             call = call.float("softcap", cap);
         }
         let (past_key, past_value) = operands.past.unzip();
-        let (call, scales) = self.int8_cache(op, call, [past_key, past_value])?;
+        let (call, scales) = self.quantized_cache(op, call, [past_key, past_value])?;
         let (cos, sin) = operands.rotation.map(|([cos, sin], _)| (cos, sin)).unzip();
         let packed = self.siblings.is_whole(operands.query);
         let [key, value] = [operands.key, operands.value].map(|id| (!packed).then_some(id));
@@ -155,20 +155,22 @@ impl Lowerer<'_> {
     }
 
     /// The same on a cache in 8 bits, which this operator alone has: another form would be another cache.
-    fn attention_on_int8(&mut self, op: &AttentionOp, operands: Operands) -> Result<Vec<ValueId>> {
-        let has = self.options.target.forms("attention")?.iter().any(|form| form == "GroupQueryAttention");
-        let computed = self.compute();
-        let form = match (has, computed) {
-            (false, _) => {
-                Form::Refused(format!("target {}, whose attention has no such form", self.options.target.name))
-            }
-            // What the operator makes of such a cache was measured on the CPU, where it computes in float32.
-            (true, ElementType::F32) => self.group_query_attention(op, operands)?,
-            (true, _) => Form::Refused(format!("target {}, which computes in {computed}", self.options.target.name)),
+    fn attention_on_quantized(
+        &mut self,
+        kind: CacheType,
+        op: &AttentionOp,
+        operands: Operands,
+    ) -> Result<Vec<ValueId>> {
+        let target = self.options.target;
+        let aligned = target.forms("attention")?.iter().any(|form| form == super::aligned::FORM);
+        let form = match no_cache(target, kind, op.key_size) {
+            Some(reason) => Form::Refused(reason),
+            None if aligned => self.aligned_attention(op, operands)?,
+            None => self.group_query_attention(op, operands)?,
         };
         match form {
             Form::Done(results) => Ok(results),
-            Form::Refused(reason) => Err(no_int8(&reason)),
+            Form::Refused(reason) => Err(refused(kind, &reason)),
         }
     }
 

@@ -1,12 +1,13 @@
-//! Caches of keys and values in 8 bits.
+//! Caches of keys and values in 8 bits: integers, or floats.
 
 use std::collections::BTreeMap;
 
 use super::{Lowerer, Operator};
 use crate::build::{AttentionOp, is_cache};
-use crate::element::ElementType;
+use crate::element::{CacheType, ElementType};
 use crate::error::{Code, Error, Result};
 use crate::graph::ValueId;
+use crate::opset::Target;
 
 /// What caches of keys and values are held in.
 #[derive(Debug, Clone, Copy, Default)]
@@ -14,12 +15,12 @@ pub enum Cache<'s> {
     /// In what is computed in.
     #[default]
     Float,
-    /// In symmetric int8, with these scales. Without any the graph is whole but for its numbers, which are ones: what
-    /// can not be lowered shows before anything is measured.
-    Int8(Option<&'s CacheScales>),
+    /// In 8 bits, with these scales. Without any the graph is whole but for its numbers, which are ones: what can not
+    /// be lowered shows before anything is measured.
+    Quantized(CacheType, Option<&'s CacheScales>),
 }
 
-/// What one step of a cache's integers stands for: a number for each element of each head, `[K * D]`, by the names of
+/// What one step of a cache's codes stands for: a number for each element of each head, `[K * D]`, by the names of
 /// the cache inputs. They are constants of the graph, because the operator quantises what it adds to a cache.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct CacheScales(BTreeMap<String, Vec<f32>>);
@@ -40,19 +41,27 @@ impl Lowerer<'_> {
     /// The element type of an input of the model.
     pub(super) fn input_element(&self, name: &str, own: ElementType) -> ElementType {
         match self.options.cache {
-            Cache::Int8(_) if is_cache(name) => ElementType::I8,
+            Cache::Quantized(kind, _) if is_cache(name) => kind.element(),
             _ => own,
         }
     }
 
+    /// The element type of caches.
+    pub(super) fn cached(&self) -> ElementType {
+        match self.options.cache {
+            Cache::Quantized(kind, _) => kind.element(),
+            Cache::Float => self.compute(),
+        }
+    }
+
     /// What `GroupQueryAttention` is told of an 8-bit cache: attributes, and the scales of keys and values.
-    pub(super) fn int8_cache(
+    pub(super) fn quantized_cache(
         &mut self,
         op: &AttentionOp,
         call: Operator,
         pasts: [Option<ValueId>; 2],
     ) -> Result<(Operator, Option<[ValueId; 2]>)> {
-        let (Cache::Int8(scales), [Some(key), Some(value)]) = (self.options.cache, pasts) else {
+        let (Cache::Quantized(_, scales), [Some(key), Some(value)]) = (self.options.cache, pasts) else {
             return Ok((call, None));
         };
         let call = call
@@ -78,10 +87,29 @@ impl Lowerer<'_> {
     }
 }
 
+/// Why a target keeps no such cache for any attention with heads of this size; nothing if it does.
+pub(super) fn no_cache(target: &Target, kind: CacheType, head: usize) -> Option<String> {
+    if !target.kv_caches.contains(&kind) {
+        let names: Vec<&str> = target.kv_caches.iter().map(|kind| kind.as_str()).collect();
+        let has = if names.is_empty() {
+            "float ones only".to_owned()
+        } else {
+            format!("float ones and {}", names.join(", "))
+        };
+        return Some(format!("target {}, which has {has}", target.name));
+    }
+    let largest = target.limits("GroupQueryAttention").quantized_head;
+    (head > largest).then(|| format!("heads of {head}, and its kernels keep such a cache for at most {largest}"))
+}
+
 /// The error where an attention's cache can not be in 8 bits.
-pub(super) fn no_int8(reason: &str) -> Error {
-    Error::new(Code::UsageInvalid, "--kv-cache int8")
+pub(super) fn refused(kind: CacheType, reason: &str) -> Error {
+    let whose = match kind {
+        CacheType::Int8 => "in float32 on --target ort-cpu, or --dtype f16 or bf16 on --target ort-cuda",
+        CacheType::Fp8 => "--dtype f16 or bf16 on --target ort-cuda",
+    };
+    Error::new(Code::UsageInvalid, format!("--kv-cache {kind}"))
         .found(reason)
-        .expected("attention that GroupQueryAttention computes, in every layer and in float32, as on --target ort-cpu")
+        .expected(format!("attention that GroupQueryAttention computes, in every layer: {whose}"))
         .help("leave --kv-cache away: the cache is then float")
 }

@@ -102,7 +102,7 @@ pub fn runs(
 mod tests {
     use super::*;
     use crate::error::Result;
-    use ElementType::{BF16, Bool, F16, F32, I32, I64, U8};
+    use ElementType::{BF16, Bool, F8E4M3, F16, F32, I8, I32, I64, U8};
 
     /// Whether a node of these inputs and outputs has a kernel.
     fn on_cuda(domain: &str, op_type: &str, inputs: &[ElementType], output: ElementType) -> Result<bool> {
@@ -127,8 +127,13 @@ mod tests {
 
     #[test]
     fn the_fused_attention_has_no_float32() -> Result<()> {
-        let attention = |x| on_cuda("com.microsoft", "GroupQueryAttention", &[x, x, x, x, x, I32, I32], x);
-        assert!(attention(F16)? && attention(BF16)? && !attention(F32)?);
+        let attention =
+            |x, cache| on_cuda("com.microsoft", "GroupQueryAttention", &[x, x, x, cache, cache, I32, I32], x);
+        assert!(attention(F16, F16)? && attention(BF16, BF16)? && !attention(F32, F32)?);
+        for cache in [I8, F8E4M3] {
+            assert!(attention(F16, cache)? && attention(BF16, cache)? && !attention(F32, cache)?, "{cache}");
+        }
+        assert!(!attention(F16, BF16)?);
         Ok(())
     }
 

@@ -157,11 +157,18 @@ pub(super) fn environment() -> Result<&'static Environment> {
     })
 }
 
+const ELSEWHERE: &str = "a build for a GPU may run only there: --provider cuda";
+
 /// onnxruntime's refusal to open a file.
 pub(super) fn not_opened(file: &Path, options: &Options, error: impl std::fmt::Display) -> Error {
     let mut refused = super::refused(file, error);
     if options.provider == Provider::Cpu {
-        return refused;
+        let lacks =
+            ["Could not find an implementation", "Failed to find kernel"].map(|words| refused.found.contains(words));
+        return match lacks {
+            [false, false] => refused,
+            _ => refused.expected("operators that the processor has kernels for").help(ELSEWHERE),
+        };
     }
     // The names of half a dozen functions stand before what CUDA said.
     if let Some(words) = refused.found.rfind("CUDA failure").and_then(|at| refused.found.get(at..)) {
@@ -203,5 +210,7 @@ mod tests {
         assert_eq!(error.found, "CUDA failure 100: no CUDA-capable device is detected");
         assert!(error.help.contains("runtime --provider cuda"), "{error}");
         assert!(on(Provider::Cpu).help.is_empty());
+        let words = "Failed to find kernel for com.microsoft.GroupQueryAttention(1) (ep:'CPUExecutionProvider')";
+        assert!(not_opened(Path::new("model.onnx"), &Options::default(), words).help.contains("--provider cuda"));
     }
 }

@@ -10,8 +10,9 @@ use ort::memory::{AllocationDevice, Allocator, AllocatorType, MemoryInfo, Memory
 use ort::session::IoBinding;
 use ort::value::{DynTensor, DynValue, PrimitiveTensorElementType};
 
+use super::recast::Recast;
 use super::value::element_type;
-use super::{Decoder, Dim, IDS, IntMatrix, MASK, POSITIONS, StateSlot, last_positions, refused, tensor};
+use super::{Buffers, Decoder, Dim, IDS, IntMatrix, MASK, POSITIONS, StateSlot, last_positions, refused, tensor};
 use crate::element::ElementType;
 use crate::error::{Code, Error, Result};
 use crate::runtime::Provider;
@@ -72,14 +73,16 @@ impl Decoder {
     pub fn shares_buffers(&self) -> bool {
         let grows = |slot: &StateSlot| slot.shape.iter().filter(|dim| **dim == Dim::Length).count() == 1;
         let known = |slot: &StateSlot| {
-            use ElementType::{BF16, F16, F32, I8, U8};
-            matches!(slot.element, F32 | F16 | BF16 | I8 | U8)
+            use ElementType::{BF16, F8E4M3, F16, F32, I8, U8};
+            matches!(slot.element, F32 | F16 | BF16 | F8E4M3 | I8 | U8)
         };
-        self.shared && !self.slots.is_empty() && self.slots.iter().all(|slot| grows(slot) && known(slot))
+        self.buffers != Buffers::Apart
+            && !self.slots.is_empty()
+            && self.slots.iter().all(|slot| grows(slot) && known(slot))
     }
 
     /// An empty row with room for some tokens; it grows when it has to. `shared` false keeps past and present apart
-    /// even where they may be one buffer.
+    /// even where they may be one buffer, unless they have to be.
     ///
     /// # Errors
     /// onnxruntime has no memory for the caches.
@@ -92,7 +95,7 @@ impl Decoder {
     /// # Errors
     /// onnxruntime has no memory for the caches.
     pub fn rows(&self, count: usize, room: usize, shared: bool) -> Result<Row> {
-        let cache = if shared && self.shares_buffers() {
+        let cache = if (shared || self.buffers == Buffers::One) && self.shares_buffers() {
             Cache::Shared(self.buffers(count, room)?, room)
         } else {
             Cache::Handed(self.empty_state(count)?.values.into_iter().map(Rc::new).collect())
@@ -166,7 +169,7 @@ impl Decoder {
     }
 
     /// Buffers for a number of tokens of each row.
-    fn buffers(&self, rows: usize, room: usize) -> Result<Vec<DynTensor>> {
+    pub(super) fn buffers(&self, rows: usize, room: usize) -> Result<Vec<DynTensor>> {
         let allocate = || {
             let allocator = match self.provider {
                 Provider::Cpu => Allocator::default(),
@@ -187,21 +190,33 @@ impl Decoder {
         let wanted = total.max(room.saturating_mul(2)).max(room.saturating_add(GROWTH));
         let mut new = self.buffers(count, wanted)?;
         for ((slot, old), new) in self.slots.iter().zip(old.iter()).zip(&mut new) {
-            let tokens = [*room, wanted, length];
-            let copied = match self.provider {
-                Provider::Cpu => move_over(slot, old, new, tokens),
-                // Rare enough to take the way through this side's memory.
-                Provider::Cuda => move_over_device(slot, old, new, count, tokens),
-            };
-            copied.map_err(|e| refused(&self.file, &e))?;
+            self.move_over(slot, old, new, count, [*room, wanted, length])?;
         }
         (*old, *room) = (new, wanted);
         Ok(())
     }
+
+    /// Moves a cache of some rows from one buffer to another, of so many tokens (old, new and filled).
+    pub(super) fn move_over(
+        &self,
+        slot: &StateSlot,
+        old: &DynTensor,
+        new: &mut DynTensor,
+        rows: usize,
+        tokens: [usize; 3],
+    ) -> Result<()> {
+        let moved = match (slot.element, self.provider) {
+            (ElementType::F8E4M3, _) => move_over_float8(slot, old, new, rows, tokens, (self.provider, self.device)),
+            (_, Provider::Cpu) => move_over(slot, old, new, tokens),
+            // Rare enough to take the way through this side's memory.
+            (_, Provider::Cuda) => move_over_device(slot, old, new, rows, tokens),
+        };
+        moved.map_err(|e| refused(&self.file, &e))
+    }
 }
 
 /// The memory in which a provider computes, on a device of that number.
-fn memory(provider: Provider, number: i32) -> ort::Result<MemoryInfo<'static>> {
+pub(super) fn memory(provider: Provider, number: i32) -> ort::Result<MemoryInfo<'static>> {
     let device = match provider {
         Provider::Cpu => AllocationDevice::CPU,
         Provider::Cuda => AllocationDevice::CUDA,
@@ -226,6 +241,22 @@ fn move_over_device(
     let mut here = buffer(&Allocator::default(), slot, rows, tokens[1])?;
     move_over(slot, &old, &mut here, tokens)?;
     here.copy_into(new)
+}
+
+/// The same for float8, wherever it lies: as float16 on this side.
+pub(super) fn move_over_float8(
+    slot: &StateSlot,
+    old: &DynTensor,
+    new: &mut DynTensor,
+    rows: usize,
+    tokens: [usize; 3],
+    place: (Provider, i32),
+) -> ort::Result<()> {
+    let half = StateSlot { element: ElementType::F16, ..slot.clone() };
+    let old = Recast::new(slot.element, half.element, place)?.read(old)?;
+    let mut here = buffer(&Allocator::default(), &half, rows, tokens[1])?;
+    move_over(&half, &old, &mut here, tokens)?;
+    Recast::new(half.element, slot.element, place)?.write(&here, new)
 }
 
 /// Moves a cache from one buffer of this side's memory to another, of so many tokens (old, new and filled).

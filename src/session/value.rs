@@ -17,6 +17,7 @@ pub(super) fn element_of(value: &ValueType) -> Option<ElementType> {
         TensorElementType::Int32 => ElementType::I32,
         TensorElementType::Int8 => ElementType::I8,
         TensorElementType::Uint8 => ElementType::U8,
+        TensorElementType::Float8E4M3FN => ElementType::F8E4M3,
         _ => return None,
     })
 }
@@ -30,6 +31,7 @@ pub(super) fn element_type(element: ElementType) -> TensorElementType {
         ElementType::I32 => TensorElementType::Int32,
         ElementType::I8 => TensorElementType::Int8,
         ElementType::U8 => TensorElementType::Uint8,
+        ElementType::F8E4M3 => TensorElementType::Float8E4M3FN,
         _ => TensorElementType::Float32,
     }
 }
@@ -54,6 +56,8 @@ pub(super) fn zeros(element: ElementType, shape: Vec<usize>) -> ort::Result<DynV
             ElementType::I32 => fill::<i32>(&mut tensor)?,
             ElementType::I8 => fill::<i8>(&mut tensor)?,
             ElementType::U8 => fill::<u8>(&mut tensor)?,
+            // No type of this side stands for its elements. They are zeros: ort clears this side's memory.
+            ElementType::F8E4M3 => {}
             _ => fill::<f32>(&mut tensor)?,
         }
     }
@@ -122,8 +126,9 @@ mod tests {
 
     #[test]
     fn states_of_every_type_begin_as_zeros() {
+        use ElementType::{BF16, F8E4M3, F16, F32, I8, U8};
         ensure(&Search::default(), &mut |_| {}).unwrap();
-        for element in [ElementType::F32, ElementType::F16, ElementType::BF16, ElementType::I8, ElementType::U8] {
+        for element in [F32, F16, BF16, F8E4M3, I8, U8] {
             let zeros = zeros(element, vec![2, 3]).unwrap();
             assert_eq!(element_of(zeros.dtype()), Some(element));
             if element.is_float() {

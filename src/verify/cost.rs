@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use super::bar::{Bar, Quantisation, has_int8_cache};
+use super::bar::{Bar, Quantisation, cache_of};
 use super::layers::LayerError;
 use super::metrics::Logits;
 use super::quality::{Loss, Quality, Tally, compare_builds};
@@ -52,11 +52,11 @@ pub struct Compared {
 impl Cost {
     /// A cost of which nothing is known yet; `None` for a float build, unless the caller holds it to a bar.
     pub(super) fn of(model: &Path, options: &Options) -> Option<Self> {
-        let (says, cache) = (Quantisation::of(model), has_int8_cache(model));
+        let (says, cache) = (Quantisation::of(model), cache_of(model));
         let of_weights = says.as_ref().map(|says| Bar::of_bits(says.bits));
-        let bar = options.bar.or(of_weights).or_else(|| cache.then(Bar::of_int8_cache))?;
+        let bar = options.bar.or(of_weights).or_else(|| cache.map(Bar::of_cache))?;
         let weights = says.map(|says| says.scheme);
-        let schemes: Vec<String> = weights.into_iter().chain(cache.then(|| "an int8 cache".to_owned())).collect();
+        let schemes: Vec<String> = weights.into_iter().chain(cache.map(|kind| format!("an {kind} cache"))).collect();
         let scheme = if schemes.is_empty() { format!("{} bits", bar.bits) } else { schemes.join(" and ") };
         let bytes = size_on_disk(folder_of(model)).unwrap_or(0);
         Some(Self { scheme, bar, bytes, compared: Vec::new(), layers: Vec::new() })

@@ -56,6 +56,8 @@ pub struct Options {
     pub provider_options: Vec<(String, String)>,
     /// Also says on which provider each node runs.
     pub placement: bool,
+    /// Runs with past and present in one buffer, where they may be; see [`session::Options::in_place`].
+    pub in_place: bool,
 }
 
 impl Options {
@@ -66,6 +68,7 @@ impl Options {
             provider: self.provider,
             provider_options: self.provider_options.clone(),
             placement: false,
+            in_place: self.in_place,
         }
     }
 

@@ -2,12 +2,13 @@
 
     info    the GPU, driver, libraries, and the memory's bandwidth
     golden  every golden case in every float type: built, verified, every node on the provider; beside transformers' own error
-    kjv     40 greedy tokens of the trained model in float16; a first difference is shown with the reference's margin
+    kjv     40 greedy tokens of the trained model in each float type; a first difference is shown with the reference's margin
+    cache   the trained model with caches in int8 and fp8: verified, its KL from float on the text it was kept from, and greedy tokens
     make    random checkpoints of the shapes, and their builds
     speed   prefill of 2,048 tokens, decode at 1, 512 and 4,096 tokens of past, load time, memory
     torch   the same by transformers with a static cache and torch.compile
 
-PROVIDER, TARGET, DTYPES (f16,bf16,f32), MODELS, QUANT, PADDING, POSITIONS, JOBS, HF2ONNX, ORT and GENAI (NAME=DIR,...; NAME as in `speed`, for example
+PROVIDER, TARGET, DTYPES (f16,bf16,f32), CACHES (int8,fp8), MODELS, QUANT, PADDING, POSITIONS, JOBS, HF2ONNX, ORT and GENAI (NAME=DIR,...; NAME as in `speed`, for example
 llama-3.2-1b-int4) are taken from the environment.
 """
 import argparse
@@ -23,7 +24,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-STEPS = ["info", "golden", "kjv", "make", "speed", "torch"]
+STEPS = ["info", "golden", "kjv", "cache", "make", "speed", "torch"]
+CACHES = os.environ.get("CACHES", "int8,fp8").split(",")
 PROVIDER = os.environ.get("PROVIDER", "cuda")
 TARGET = os.environ.get("TARGET", "ort-cuda")
 DTYPES = os.environ.get("DTYPES", "f16,bf16,f32").split(",")
@@ -225,6 +227,33 @@ def kjv(run):
             run.case(line, lambda number=number, text=text, dtype=dtype: compare(number, text, dtype))
 
 
+def cache(run):
+    """Prompts, padding and single tokens on caches in 8 bits, which float32 has not on a GPU."""
+    repo = run.golden / "kjv-llama"
+    text = json.loads((repo / "greedy.json").read_text())[0]
+
+    def check(kind, dtype):
+        out = run.work / "built" / f"kjv-{dtype}-{kind}"
+        calibration = run.place("calibration.txt", ROOT / "tests/calibration.txt")
+        build(run, repo, out, dtype, "--kv-cache", kind, "--calibrate", calibration)
+        report, error = run.call("verify", out, "--golden", repo / "golden.safetensors", "--strict-provider", *run.runtime())
+        found, failed = run.call("generate", out, "--prompt", text["prompt"], "--max-new-tokens", GREEDY, *run.runtime())
+        shutil.rmtree(out)
+        if failed:
+            raise RuntimeError(failed)
+        got, start = found["generated"]["ids"], len(found["generated"]["prompt_ids"])
+        want = text["ids"][start:start + GREEDY]
+        equal = next((k for k, (a, b) in enumerate(zip(got, want)) if a != b), min(len(got), len(want)))
+        result = {"holds": report["holds"], "cost": report.get("cost"), "equal": equal, "of": len(want),
+                  "failed": [s["scenario"] for s in report["scenarios"] if s["verdict"] == "fails"]}
+        return result | ({"refused": error} if error else {})
+
+    for dtype in [dtype for dtype in DTYPES if dtype != "f32" or TARGET == "ort-cpu"]:
+        for kind in CACHES:
+            line = {"step": "cache", "case": kind, "dtype": dtype, "target": TARGET, "provider": PROVIDER}
+            run.case(line, lambda kind=kind, dtype=dtype: check(kind, dtype))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("steps", nargs="*", help=" ".join(STEPS))
@@ -238,8 +267,8 @@ def main():
     sys.path.insert(0, str(Path(__file__).resolve().parent))
     run = Run(arguments)
     import speed
-    steps = {"info": info, "golden": golden, "kjv": kjv, "make": speed.make, "speed": speed.speed, "torch": speed.by_torch}
-    for step in arguments.steps or ["info", "golden", "kjv"]:
+    steps = {"info": info, "golden": golden, "kjv": kjv, "cache": cache, "make": speed.make, "speed": speed.speed, "torch": speed.by_torch}
+    for step in arguments.steps or ["info", "golden", "kjv", "cache"]:
         steps[step](run)
     if run.left:
         print(f"{len(run.left)} cases are left for another call: {'; '.join(run.left[:5])} ...", file=sys.stderr)

@@ -2,7 +2,7 @@
 # Everything that can be known of the CUDA provider only on a machine with a GPU. README.md says how it is used.
 #   run.sh pack OUT [libs|program]...   on a machine with a network: pieces of at most PIECE_MIB (60) with a manifest
 #   run.sh join PIECES                  on the one with the GPU: checks and unpacks what pack made
-#   run.sh run [STEP]...                info golden kjv make speed torch; a JSON line per case, finished ones are kept
+#   run.sh run [STEP]...                info golden kjv cache make speed torch; a JSON line per case, finished ones are kept
 # What is unpacked and made lies in WORK (target/cuda).
 set -euo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
@@ -57,7 +57,8 @@ pack() { # OUT [libs|program]...
             cp -r "$root/golden/cases" "$root/golden/kjv-llama" "$root/golden/weights.py" "$root/golden/support.toml" \
                 "$stage/golden"
             cp -r "$root/benches/configs" "$stage/configs"
-            cut_up "$out" program "$stage" hf2onnx golden configs
+            cp "$root/tests/calibration.txt" "$stage"
+            cut_up "$out" program "$stage" hf2onnx golden configs calibration.txt
             rm -rf "$stage"
             ;;
         *) fail "pack knows libs and program, not $part" ;;
