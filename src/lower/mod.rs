@@ -140,7 +140,11 @@ pub fn lower(model: &Graph<Model>, options: &Options) -> Result<Lowered> {
         lowerer.e.graph.outputs.push(lowered);
     }
     let inputs = lowerer.inputs(model);
-    let Lowerer { e, notes, refused, .. } = lowerer;
+    let Lowerer { e, mut notes, refused, .. } = lowerer;
+    if [options.positions, options.target.positions] == [Positions::Ids; 2] {
+        // Nobody asked for what it takes.
+        notes.retain(|(composite, form, _), _| composite != "rotary" || form != inside::FORM);
+    }
     Ok(Lowered { graph: e.graph, notes: notes.into_values().collect(), inputs, refused })
 }
 
