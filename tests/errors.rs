@@ -9,7 +9,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use common::{Case, TestResult, kjv_llama, scratch};
+use common::{Case, TestResult, scratch};
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
@@ -387,7 +387,7 @@ fn a_full_disk() -> TestResult {
         let mut command = Command::new("sh");
         command
             .args(["-c", &script, env!("CARGO_BIN_EXE_hf2onnx")])
-            .arg(kjv_llama())
+            .arg(common::kjv_llama())
             .current_dir(place.dir.path())
             .output()
     };

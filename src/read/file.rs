@@ -38,6 +38,10 @@ impl StableFile {
     }
 
     /// Tells the system that these bytes will be read soon, where it takes such advice. They may lie behind the end.
+    #[cfg_attr(
+        not(any(target_os = "linux", target_os = "android")),
+        expect(clippy::unused_self, reason = "elsewhere there is nobody to tell")
+    )]
     pub(crate) fn will_need(&self, offset: u64, length: u64) {
         #[cfg(any(target_os = "linux", target_os = "android"))]
         self.advise(offset, length, rustix::fs::Advice::WillNeed);
@@ -46,6 +50,10 @@ impl StableFile {
     }
 
     /// Tells the system that it need not keep these bytes in memory: what is written meanwhile wants the room.
+    #[cfg_attr(
+        not(any(target_os = "linux", target_os = "android")),
+        expect(clippy::unused_self, reason = "elsewhere there is nobody to tell")
+    )]
     pub(crate) fn will_not_need(&self, offset: u64, length: u64) {
         #[cfg(any(target_os = "linux", target_os = "android"))]
         self.advise(offset, length, rustix::fs::Advice::DontNeed);

@@ -17,10 +17,10 @@ pub fn contained(dir: &Path, name: &str) -> Result<PathBuf> {
     let real = path.canonicalize().map_err(|error| Error::io(&path, &error))?;
     let root = dir.canonicalize().map_err(|error| Error::io(dir, &error))?;
     if real.starts_with(&root) || cache_blobs(&root).is_some_and(|blobs| real.starts_with(blobs)) {
-        return Ok(real);
+        return Ok(dunce::simplified(&real).to_owned());
     }
     Err(Error::new(Code::PathUnsafe, path.display())
-        .found(format!("a link to {}", real.display()))
+        .found(format!("a link to {}", dunce::simplified(&real).display()))
         .expected("a file inside the repository, or a link into the `blobs` of a Hugging Face cache")
         .help("if you made the link yourself, put the file (or a hard link) in its place"))
 }

@@ -140,7 +140,7 @@ impl Drop for Parents {
 fn resolve(output: &Path) -> Result<PathBuf> {
     let io = |error: std::io::Error| Error::io(output, &error);
     match output.symlink_metadata() {
-        Ok(_) => output.canonicalize().map_err(io),
+        Ok(_) => dunce::canonicalize(output).map_err(io),
         Err(_) => std::path::absolute(output).map_err(io),
     }
 }
