@@ -5,9 +5,8 @@ mod common;
 use common::{Case, TestResult};
 use hf2onnx::build::{self, Logits};
 use hf2onnx::describe;
-use hf2onnx::element::ElementType;
-use hf2onnx::lower::{self, Padding};
-use hf2onnx::opset::{Positions, Target};
+use hf2onnx::lower;
+use hf2onnx::opset::Target;
 use hf2onnx::read::json_file;
 use serde_json::json;
 
@@ -18,15 +17,7 @@ fn operators(case: &str, key: &str, experts: usize, target: &'static Target) -> 
     let template = describe::choose(&config, None)?;
     let spec = describe::describe(&template, &config, &[])?.spec;
     let model = build::decoder(&spec, Logits::All)?;
-    let options = lower::Options {
-        target,
-        element: ElementType::F32,
-        padding: Padding::Any,
-        positions: Positions::Ids,
-        stored: None,
-        precision: None,
-        cache: lower::Cache::Float,
-    };
+    let options = lower::Options::plain(target);
     let lowered = lower::lower(&model, &options)?;
     Ok(lowered.graph.nodes.iter().map(|node| format!("{} {}", node.name, node.op.op_type)).collect())
 }

@@ -10,10 +10,9 @@ use std::time::{Duration, Instant};
 use common::Case;
 use hf2onnx::build::{self, Logits};
 use hf2onnx::describe::{Catalogue, Template, choose, describe};
-use hf2onnx::element::ElementType;
 use hf2onnx::error::{Code, Error, Result};
-use hf2onnx::lower::{self, Padding};
-use hf2onnx::opset::{Positions, Target};
+use hf2onnx::lower;
+use hf2onnx::opset::Target;
 use hf2onnx::read::json_object;
 use serde_json::{Map, Value, json};
 
@@ -30,18 +29,7 @@ fn graphs(template: &Template, config: &Map<String, Value>) -> Result<()> {
     let description = describe(template, config, &[])?;
     let model = build::decoder(&description.spec, Logits::Last)?;
     for target in Target::all()? {
-        lower::lower(
-            &model,
-            &lower::Options {
-                target,
-                element: ElementType::F32,
-                padding: Padding::Any,
-                positions: Positions::Ids,
-                stored: None,
-                precision: None,
-                cache: lower::Cache::Float,
-            },
-        )?;
+        lower::lower(&model, &lower::Options::plain(target))?;
     }
     Ok(())
 }

@@ -17,8 +17,8 @@ use hf2onnx::describe::{choose, describe};
 use hf2onnx::element::{CacheType, ElementType};
 use hf2onnx::error::Code;
 use hf2onnx::golden::Golden;
-use hf2onnx::lower::{self, Attribute, Padding};
-use hf2onnx::opset::{Positions, Target};
+use hf2onnx::lower::{self, Attribute};
+use hf2onnx::opset::Target;
 use hf2onnx::read::Repository;
 use hf2onnx::session::{self, Decoder, IntMatrix};
 use hf2onnx::tokenizer::Tokenizer;
@@ -224,13 +224,9 @@ fn the_largest_head() -> TestResult {
         config.insert("head_dim".into(), size.into());
         let description = describe(&choose(&config, None)?, &config, &[])?;
         let lowering = lower::Options {
-            target: Target::named(target)?,
             element: ElementType::F16,
-            padding: Padding::Any,
-            positions: Positions::Ids,
-            stored: None,
-            precision: None,
             cache: lower::Cache::Quantized(kind, None),
+            ..lower::Options::plain(Target::named(target)?)
         };
         let error = lower::lower(&build::decoder(&description.spec, Logits::All)?, &lowering).err();
         assert_eq!(error.is_some(), refused, "heads of {size} on {target}: {error:?}");

@@ -97,15 +97,12 @@ impl Lowerer<'_> {
         self.e.add(Operator::new("Max"), &[last, zero])
     }
 
-    /// Which of the new tokens are kept, `[B, S]`: the last columns of the mask.
+    /// Which of the new tokens are kept, `[B, S]`.
     fn new_mask(&mut self) -> Result<ValueId> {
-        let (past, total) = (self.past_length()?, self.total_length()?);
+        let bounds = self.new_tokens()?;
         self.share("aligned/new_mask", |s| {
-            let axis = s.e.ints(&[0]);
-            let start = s.e.add(Operator::new("Unsqueeze"), &[past, axis])?;
-            let end = s.e.add(Operator::new("Unsqueeze"), &[total, axis])?;
-            let (mask, columns) = (s.input("attention_mask")?, s.e.ints(&[1]));
-            s.e.add(Operator::new("Slice"), &[mask, start, end, columns])
+            let mask = s.input("attention_mask")?;
+            s.of_new_tokens(mask, bounds)
         })
     }
 

@@ -65,6 +65,17 @@ impl Lowerer<'_> {
         })
     }
 
+    /// Why an attention does not become the fused operator; nothing if it does.
+    pub(super) fn not_fused(&self, op: &AttentionOp) -> Result<Option<String>> {
+        if self.order_kept.is_none() {
+            return Ok(None);
+        }
+        if self.options.target.forms("attention")?.first().is_none_or(|form| form != "GroupQueryAttention") {
+            return Ok(Some("attention is of another form".to_owned()));
+        }
+        Ok(unfit(op))
+    }
+
     /// All that is added to the scores.
     fn whole_mask(&mut self, op: &AttentionOp, bias: Option<ValueId>, element: ElementType) -> Result<ValueId> {
         let mask = self.score_mask(op, element)?;

@@ -52,7 +52,7 @@ impl Inside {
     pub(super) fn why_not(&self, node: &Node<Composite>) -> String {
         let result = node.outputs.first().copied().flatten().and_then(|result| self.rotations.get(&result));
         let reason = result.and_then(|rotation| rotation.as_ref().err());
-        reason.map_or("more than one attention reads it".to_owned(), String::clone)
+        reason.map_or("attention does not read it as it is".to_owned(), String::clone)
     }
 
     /// True of a table that only attention reads, which has its own.
@@ -69,8 +69,7 @@ impl Lowerer<'_> {
             return Ok(inside);
         }
         let uses = uses(model);
-        let made: HashMap<ValueId, &Node<Composite>> =
-            model.nodes.iter().flat_map(|node| node.outputs.iter().flatten().map(move |id| (*id, node))).collect();
+        let made = makers(model);
         let turned = |id: ValueId| made.get(&id).filter(|node| matches!(node.op, Composite::Rotate { .. }));
         for node in &model.nodes {
             let (Composite::Attention(op), [Some(query), Some(key), ..]) = (&node.op, node.inputs.as_slice()) else {
@@ -126,18 +125,11 @@ impl Lowerer<'_> {
         Ok(Err(refusal.to_owned()))
     }
 
-    /// Why an attention's rows may have gaps, or are not the operator's.
+    /// Why an attention is not the operator's, or its rows may have gaps.
     fn not_without_gaps(&self, op: &AttentionOp) -> Result<Option<String>> {
-        if self.order_kept.is_none() {
-            return Ok(None);
-        }
-        if self.options.target.forms("attention")?.first().is_none_or(|form| form != FORM) {
-            return Ok(Some("attention is of another form".to_owned()));
-        }
-        if self.options.padding == Padding::Any {
-            return Ok(Some("padding on the left would count as places (--padding right)".to_owned()));
-        }
-        Ok(super::attention::unfit(op))
+        let gaps = self.order_kept.is_some() && self.options.padding == Padding::Any;
+        let gaps = gaps.then(|| "padding on the left would count as places (--padding right)".to_owned());
+        Ok(self.not_fused(op)?.or(gaps))
     }
 
     /// Cosine and sine of every place up to the last one, `[T, size / 2]` each.
@@ -171,6 +163,11 @@ pub(super) fn uses(model: &Graph<Model>) -> HashMap<ValueId, usize> {
         *uses.entry(*id).or_default() += 1;
         uses
     })
+}
+
+/// The node that makes each value.
+pub(super) fn makers(model: &Graph<Model>) -> HashMap<ValueId, &Node<Composite>> {
+    model.nodes.iter().flat_map(|node| node.outputs.iter().flatten().map(move |id| (*id, node))).collect()
 }
 
 /// True of two rotations by the same angles.

@@ -65,6 +65,20 @@ impl Lowerer<'_> {
         self.share("lengths/past", |s| s.e.add(Operator::new("Sub"), &[total, new]))
     }
 
+    /// Where the new tokens begin and end among all, `P` and `T`.
+    pub(super) fn new_tokens(&mut self) -> Result<[ValueId; 2]> {
+        Ok([self.past_length()?, self.total_length()?])
+    }
+
+    /// What all tokens have, of the new ones alone: the last columns, `[B, T]` -> `[B, S]`
+    pub(super) fn of_new_tokens(&mut self, x: ValueId, [past, total]: [ValueId; 2]) -> Result<ValueId> {
+        let axis = self.e.ints(&[0]);
+        let start = self.e.add(Operator::new("Unsqueeze"), &[past, axis])?;
+        let end = self.e.add(Operator::new("Unsqueeze"), &[total, axis])?;
+        let columns = self.e.ints(&[1]);
+        self.e.add(Operator::new("Slice"), &[x, start, end, columns])
+    }
+
     /// `0 .. T`, `[T]`
     pub(super) fn key_index(&mut self) -> Result<ValueId> {
         let total = self.total_length()?;

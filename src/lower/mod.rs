@@ -70,6 +70,21 @@ pub struct Options<'s> {
     pub cache: Cache<'s>,
 }
 
+impl Options<'_> {
+    /// The plain graph for a target: in float32, for any padding, by `position_ids`, with weights of its own.
+    pub fn plain(target: &'static Target) -> Self {
+        Self {
+            target,
+            element: ElementType::F32,
+            padding: Padding::Any,
+            positions: Positions::Ids,
+            stored: None,
+            precision: None,
+            cache: Cache::Float,
+        }
+    }
+}
+
 /// An ONNX graph, and why it is not made of better operators.
 #[derive(Debug)]
 pub struct Lowered {

@@ -16,18 +16,14 @@ impl Lowerer<'_> {
 
     /// The positions of new tokens, counted over the kept ones of each row, `[B, S]`; those of padding are of no account.
     pub(super) fn counted_positions(&mut self) -> Result<ValueId> {
-        let (past, total) = (self.past_length()?, self.total_length()?);
+        let bounds = self.new_tokens()?;
         let counted = self.share("positions/counted", |s| {
             let (mask, axis) = (s.input("attention_mask")?, s.e.int(1));
             let (one, zero) = (s.e.int(1), s.e.int(0));
             let place = s.e.add(Operator::new("CumSum"), &[mask, axis])?;
             let place = s.e.add(Operator::new("Sub"), &[place, one])?;
             let place = s.e.add(Operator::new("Max"), &[place, zero])?;
-            let (leading, columns) = (s.e.ints(&[0]), s.e.ints(&[1]));
-            let start = s.e.add(Operator::new("Unsqueeze"), &[past, leading])?;
-            let end = s.e.add(Operator::new("Unsqueeze"), &[total, leading])?;
-            // [B, T] -> [B, S]
-            s.e.add(Operator::new("Slice"), &[place, start, end, columns])
+            s.of_new_tokens(place, bounds)
         })?;
         if self.order_kept.is_some() {
             return Ok(counted);

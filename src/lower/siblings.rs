@@ -5,7 +5,7 @@
 
 use std::collections::{HashMap, HashSet};
 
-use super::inside::uses;
+use super::inside::{makers, uses};
 use super::quantized::{named, unfit as unfit_integers};
 use super::{Cache, Form, Lowerer};
 use crate::build::{Composite, Kind, Model};
@@ -68,11 +68,11 @@ impl Lowerer<'_> {
         let members: Vec<Member> = model.nodes.iter().filter_map(member).filter(|member| own(member.weight)).collect();
         let mut siblings = Siblings::default();
         let by_result: HashMap<ValueId, Member> = members.iter().map(|member| (member.result, *member)).collect();
+        let made = makers(model);
         for node in &model.nodes {
-            let read = self.read_whole(model, node).filter(|read| read.iter().all(|id| alone(*id)));
-            let found =
-                read.map(|read| read.into_iter().filter_map(|id| by_result.get(&id).copied()).collect::<Vec<_>>());
-            if let Some(found) = found.filter(|found| found.len() == 3) {
+            let read = self.read_whole(node, &made)?.filter(|read| read.iter().all(|id| alone(*id)));
+            let found: Vec<Member> = read.iter().flatten().filter_map(|id| by_result.get(id).copied()).collect();
+            if found.len() == 3 {
                 self.join_siblings(model, &mut siblings, found, true)?;
             }
         }
@@ -98,26 +98,23 @@ impl Lowerer<'_> {
     }
 
     /// Queries, keys and values as an attention reads them, where it takes them joined.
-    fn read_whole(&self, model: &Graph<Model>, node: &Node<Composite>) -> Option<[ValueId; 3]> {
+    fn read_whole(
+        &self,
+        node: &Node<Composite>,
+        made: &HashMap<ValueId, &Node<Composite>>,
+    ) -> Result<Option<[ValueId; 3]>> {
         let (Composite::Attention(op), [Some(query), Some(key), Some(value), ..]) = (&node.op, node.inputs.as_slice())
         else {
-            return None;
+            return Ok(None);
         };
-        let fused = self.order_kept.is_none()
-            || self
-                .options
-                .target
-                .forms("attention")
-                .is_ok_and(|forms| forms.first().is_some_and(|f| f == "GroupQueryAttention"));
-        if !fused || super::attention::unfit(op).is_some() || !matches!(self.options.cache, Cache::Float) {
-            return None;
+        if !matches!(self.options.cache, Cache::Float) || self.not_fused(op)?.is_some() {
+            return Ok(None);
         }
-        let before = |id: ValueId| {
-            let rotated = self.inside.rotation(Some(&id)).is_some();
-            let turn = model.nodes.iter().find(|node| rotated && node.outputs.first() == Some(&Some(id)));
-            turn.map_or(Some(id), |turn| turn.inputs.first().copied().flatten())
+        let unrotated = |id: ValueId| {
+            let turn = made.get(&id).filter(|node| self.inside.turns(node));
+            turn.and_then(|turn| turn.inputs.first().copied().flatten()).unwrap_or(id)
         };
-        Some([before(*query)?, before(*key)?, *value])
+        Ok(Some([unrotated(*query), unrotated(*key), *value]))
     }
 
     /// True of products that can be computed as one.

@@ -21,10 +21,9 @@ use serde_json::{Map, Value};
 use crate::bind;
 use crate::build::{self, Logits};
 use crate::describe::{self, Template};
-use crate::element::ElementType;
 use crate::error::{Code, Error, Result};
-use crate::lower::{self, Padding};
-use crate::opset::{Positions, Target};
+use crate::lower;
+use crate::opset::Target;
 use crate::read::Repository;
 use sheet::{Sheet, printable};
 
@@ -166,15 +165,7 @@ fn check(template: &Template, repository: &Repository) -> Result<()> {
     let description = describe::describe(template, &repository.config, &[])?;
     let model = build::decoder(&description.spec, Logits::All)?;
     let target = Target::named("primitive")?;
-    let options = lower::Options {
-        target,
-        element: ElementType::F32,
-        padding: Padding::Any,
-        positions: Positions::Ids,
-        stored: None,
-        precision: None,
-        cache: lower::Cache::Float,
-    };
+    let options = lower::Options::plain(target);
     let lowered = lower::lower(&model, &options)?;
     let (rules, checkpoint) = (&description.rules, &repository.checkpoint);
     let parameters = bind::parameters(&model, rules, checkpoint)?;

@@ -201,6 +201,16 @@ def margin(repo, prompt, ids, step, pair):
     return float((logits[pair[0]] - logits[pair[1]]) / logits.abs().max())
 
 
+def continued(run, out, text):
+    """The tokens that follow a prompt, those of the reference, and how many of the first are equal."""
+    found, error = run.call("generate", out, "--prompt", text["prompt"], "--max-new-tokens", GREEDY, *run.runtime())
+    if error:
+        raise RuntimeError(error)
+    got, start = found["generated"]["ids"], len(found["generated"]["prompt_ids"])
+    want = text["ids"][start:start + GREEDY]
+    return got, want, next((k for k, (a, b) in enumerate(zip(got, want)) if a != b), min(len(got), len(want)))
+
+
 def kjv(run):
     repo = run.golden / "kjv-llama"
     texts = json.loads((repo / "greedy.json").read_text())
@@ -208,13 +218,10 @@ def kjv(run):
     def compare(number, text, dtype):
         out = run.work / "built" / f"kjv-{dtype}-{number}"
         build(run, repo, out, dtype)
-        found, error = run.call("generate", out, "--prompt", text["prompt"], "--max-new-tokens", GREEDY, *run.runtime())
-        shutil.rmtree(out)
-        if error:
-            raise RuntimeError(error)
-        got, start = found["generated"]["ids"], len(found["generated"]["prompt_ids"])
-        want = text["ids"][start:start + GREEDY]
-        same = next((k for k, (a, b) in enumerate(zip(got, want)) if a != b), min(len(got), len(want)))
+        try:
+            got, want, same = continued(run, out, text)
+        finally:
+            shutil.rmtree(out)
         result = {"prompt": text["prompt"], "equal": same, "of": len(want), "holds": same == len(want)}
         if same < min(len(got), len(want)):
             result["tokens"] = [want[same], got[same]]
@@ -237,13 +244,10 @@ def cache(run):
         calibration = run.place("calibration.txt", ROOT / "tests/calibration.txt")
         build(run, repo, out, dtype, "--kv-cache", kind, "--calibrate", calibration)
         report, error = run.call("verify", out, "--golden", repo / "golden.safetensors", "--strict-provider", *run.runtime())
-        found, failed = run.call("generate", out, "--prompt", text["prompt"], "--max-new-tokens", GREEDY, *run.runtime())
-        shutil.rmtree(out)
-        if failed:
-            raise RuntimeError(failed)
-        got, start = found["generated"]["ids"], len(found["generated"]["prompt_ids"])
-        want = text["ids"][start:start + GREEDY]
-        equal = next((k for k, (a, b) in enumerate(zip(got, want)) if a != b), min(len(got), len(want)))
+        try:
+            _, want, equal = continued(run, out, text)
+        finally:
+            shutil.rmtree(out)
         result = {"holds": report["holds"], "cost": report.get("cost"), "equal": equal, "of": len(want),
                   "failed": [s["scenario"] for s in report["scenarios"] if s["verdict"] == "fails"]}
         return result | ({"refused": error} if error else {})

@@ -8,11 +8,10 @@ use std::sync::OnceLock;
 
 use hf2onnx::build::{self, Logits};
 use hf2onnx::describe::{Catalogue, Template, describe};
-use hf2onnx::element::ElementType;
 use hf2onnx::error::Error;
 use hf2onnx::golden::Golden;
-use hf2onnx::lower::{self, Padding};
-use hf2onnx::opset::{Positions, Target};
+use hf2onnx::lower;
+use hf2onnx::opset::Target;
 use hf2onnx::read::{json_object, safetensors_header, safetensors_index};
 use serde_json::{Map, Value, json};
 
@@ -109,15 +108,7 @@ fn graphs(config: &Map<String, Value>, template: Option<&Template>) {
         Err(error) => return says(&error),
     };
     for target in Target::all().unwrap_or_default() {
-        let options = lower::Options {
-            target,
-            element: ElementType::F32,
-            padding: Padding::Any,
-            positions: Positions::Ids,
-            stored: None,
-            precision: None,
-            cache: lower::Cache::Float,
-        };
+        let options = lower::Options::plain(target);
         if let Err(error) = lower::lower(&model, &options) {
             says(&error);
         }
