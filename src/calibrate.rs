@@ -17,11 +17,11 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use crate::build::Logits;
+use crate::build::{Composite, Logits, Model};
 use crate::compile::{self, Compiled, KvCache, Options, Weights, Written, compile};
 use crate::element::ElementType;
 use crate::error::{Code, Error, Result};
-use crate::graph::Dim;
+use crate::graph::{Dim, Graph};
 use crate::lower::Padding;
 use crate::opset::{Positions, Target};
 use crate::quantize::{Inputs, Moments, Scheme};
@@ -58,8 +58,8 @@ pub struct Calibration {
     /// The float build, which is never put in a place of its own.
     model: Written,
     windows: Vec<Vec<i64>>,
-    /// What a matrix is multiplied with and the length of that, by its expression over tensors.
-    sites: BTreeMap<String, (BTreeSet<String>, usize)>,
+    /// Where a matrix stands in the float build, by its expression over tensors.
+    sites: BTreeMap<String, Place>,
     caches: Vec<cache::CacheSite>,
     /// Matrices that will be asked for.
     announced: VecDeque<Option<Site>>,
@@ -69,12 +69,21 @@ pub struct Calibration {
     pub record: Calibrated,
 }
 
-/// What some matrices are multiplied with: values of the float build's graph.
+/// What some matrices are multiplied with.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-struct Site {
+struct Place {
+    /// Values of the float build's graph.
     names: BTreeSet<String>,
     /// Length of an input.
     columns: usize,
+    /// Their rows are embeddings too.
+    tied: bool,
+}
+
+/// The same for matrices with blocks of one size.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+struct Site {
+    place: Place,
     /// Columns of a block of those matrices.
     block: usize,
 }
@@ -119,14 +128,14 @@ impl Calibration {
     }
 
     /// What a matrix is multiplied with, or all of the matrices that are joined in it.
-    fn site(&self, matrix: &Weight) -> Option<&(BTreeSet<String>, usize)> {
+    fn place(&self, matrix: &Weight) -> Option<&Place> {
         if let Some(known) = self.sites.get(&key(matrix)) {
             return Some(known);
         }
         let Weight::Concat(0, parts) = matrix else { return None };
-        let mut sites = parts.iter().map(|part| self.sites.get(&key(part)));
-        let first = sites.next()??;
-        sites.all(|site| site == Some(first)).then_some(first)
+        let mut places = parts.iter().map(|part| self.sites.get(&key(part)));
+        let first = places.next()??;
+        places.all(|place| place == Some(first)).then_some(first)
     }
 
     /// Lets the model read the text for the next matrices, as many as fit.
@@ -134,29 +143,31 @@ impl Calibration {
         self.found.clear();
         let mut group: BTreeMap<Site, Moments> = BTreeMap::new();
         let mut bytes = 0;
-        for site in self.announced.iter().flatten().filter(|site| site.columns > 0) {
+        for site in self.announced.iter().flatten().filter(|site| site.place.columns > 0) {
             if group.contains_key(site) {
                 continue;
             }
-            bytes += 4 * site.columns * site.columns;
+            let columns = site.place.columns;
+            bytes += 4 * columns * columns;
             if bytes > self.budget && !group.is_empty() {
                 break;
             }
-            group.insert(site.clone(), Moments::new(site.columns));
+            group.insert(site.clone(), Moments::new(columns));
         }
-        let names: BTreeSet<&String> = group.keys().flat_map(|site| &site.names).collect();
+        let names: BTreeSet<&String> = group.keys().flat_map(|site| &site.place.names).collect();
         let names: Vec<String> = names.into_iter().cloned().collect();
         let mut probe = Probe::open(self.model.path(), &session::Options::default(), &names)?;
         for window in &self.windows {
             probe.run(window, |index, values| {
                 let name = names.get(index);
-                let mut meant = group.iter_mut().filter(|(site, _)| name.is_some_and(|name| site.names.contains(name)));
+                let meant = |site: &Site| name.is_some_and(|name| site.place.names.contains(name));
+                let mut meant = group.iter_mut().filter(|(site, _)| meant(site));
                 meant.try_for_each(|(site, moments)| moments.add(values).map_err(|reason| refused(site, &reason)))
             })?;
         }
         drop(probe);
         while let Some((site, moments)) = group.pop_first() {
-            let inputs = moments.finish(site.block).map_err(|reason| refused(&site, &reason))?;
+            let inputs = moments.finish(site.block, site.place.tied).map_err(|reason| refused(&site, &reason))?;
             self.found.insert(site, Arc::new(inputs));
         }
         Ok(())
@@ -166,8 +177,7 @@ impl Calibration {
 impl write::Calibration for Calibration {
     fn announce(&mut self, matrices: &[(&Weight, Scheme)]) {
         let site = |(matrix, scheme): &(&Weight, Scheme)| {
-            let (names, columns) = self.site(matrix)?.clone();
-            Some(Site { names, columns, block: scheme.block_size() })
+            Some(Site { place: self.place(matrix)?.clone(), block: scheme.block_size() })
         };
         self.announced = matrices.iter().map(site).collect();
     }
@@ -191,7 +201,8 @@ fn key(matrix: &Weight) -> String {
 }
 
 /// What each matrix of a float build is multiplied with.
-fn sites(compiled: &Compiled) -> BTreeMap<String, (BTreeSet<String>, usize)> {
+fn sites(compiled: &Compiled) -> BTreeMap<String, Place> {
+    let tables = tables(&compiled.model);
     let graph = &compiled.lowered.graph;
     let mut sites = BTreeMap::new();
     for parameter in &compiled.plan.parameters {
@@ -200,14 +211,22 @@ fn sites(compiled: &Compiled) -> BTreeMap<String, (BTreeSet<String>, usize)> {
         let columns = parameter.shape.last().copied().unwrap_or(0);
         if values.iter().all(|id| width(*id) == Some(columns) && graph.ty(*id).element == ElementType::F32) {
             let names = values.iter().map(|id| graph.value(*id).name.clone()).collect();
-            sites.insert(key(&parameter.weight), (names, columns));
+            let tied = tables.contains(parameter.name.as_str());
+            sites.insert(key(&parameter.weight), Place { names, columns, tied });
         }
     }
     sites
 }
 
+/// The parameters of which tokens look up rows.
+fn tables(model: &Graph<Model>) -> BTreeSet<&str> {
+    let lookups = model.nodes.iter().filter(|node| node.op == Composite::Embed);
+    let tables = lookups.filter_map(|node| node.inputs.get(1).copied().flatten());
+    tables.map(|table| model.value(table).name.as_str()).collect()
+}
+
 fn refused(site: &Site, reason: &str) -> Error {
-    let names: Vec<&str> = site.names.iter().map(String::as_str).collect();
+    let names: Vec<&str> = site.place.names.iter().map(String::as_str).collect();
     Error::new(Code::RuntimeFailed, names.join(", "))
         .found(reason)
         .expected("finite numbers while the model reads the calibration text")

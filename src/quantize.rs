@@ -19,11 +19,13 @@ use rayon::prelude::*;
 use self::block::{Grid, Range};
 use self::lanes::{LANES, Lanes};
 
-pub use self::feedback::{Inputs, quantize_with_inputs};
+pub use self::feedback::quantize_with_inputs;
+pub use self::inputs::Inputs;
 pub use self::moments::Moments;
 
 mod block;
 mod feedback;
+mod inputs;
 mod lanes;
 mod moments;
 mod pack;

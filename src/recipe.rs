@@ -65,7 +65,7 @@ const RECIPES: [(&str, &[Line]); 7] = [
     ("int4", &[("*", 4, true, 32)]),
     ("int8", &[("*", 8, true, 32)]),
     // Large blocks are what decodes fastest: nearly all the time goes into reading weights.
-    ("q4", &[("*", 4, true, 128)]),
+    ("q4", &[("*", 4, false, 256)]),
     // The head decides every token, and as a tied table it is also what every token starts from.
     ("q4-mixed", &[("*", 4, false, 64), ("{embed_tokens*,lm_head}", 8, true, 64)]),
 ];
@@ -395,11 +395,11 @@ mod tests {
         let rules = ["layers.{0,-1}.*=int8", "*.down_proj=float", "model.layers.2.mlp.up_proj.weight=int2-asym:16"];
         let changes = Changes { rules: rules.map(str::to_owned).into(), ..Changes::default() };
         let recipe = Recipe::new("q4", &changes).unwrap();
-        assert_eq!(bits(&recipe, "model.layers.1.mlp.up_proj.weight"), Some((4, true, 128)));
-        assert_eq!(bits(&recipe, "model.layers.0.mlp.up_proj.weight"), Some((8, true, 128)));
+        assert_eq!(bits(&recipe, "model.layers.1.mlp.up_proj.weight"), Some((4, false, 256)));
+        assert_eq!(bits(&recipe, "model.layers.0.mlp.up_proj.weight"), Some((8, false, 256)));
         assert_eq!(
             bits(&recipe, "model.layers.3.self_attn.q_proj.weight"),
-            Some((8, true, 128)),
+            Some((8, false, 256)),
             "counted from the end"
         );
         assert_eq!(bits(&recipe, "model.layers.3.mlp.down_proj.weight"), None);

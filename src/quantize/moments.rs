@@ -52,18 +52,18 @@ impl Moments {
         Ok(())
     }
 
-    /// Their mean, factored for blocks of one size.
+    /// Their mean, factored for blocks of one size; `tied` if the matrix is a table of embeddings too.
     ///
     /// # Errors
     /// No inputs, or some that are not finite.
-    pub fn finish(mut self, block_size: usize) -> Result<Inputs, String> {
+    pub fn finish(mut self, block_size: usize, tied: bool) -> Result<Inputs, String> {
         if self.inputs == 0 {
             return Err("no inputs were seen".to_owned());
         }
         #[expect(clippy::cast_precision_loss, reason = "a mean")]
         let count = self.inputs as f32;
         self.sums.iter_mut().for_each(|sum| *sum /= count);
-        Inputs::ordered(&self.sums, self.columns, block_size)
+        Inputs::ordered(&self.sums, self.columns, block_size, tied)
     }
 }
 
@@ -108,15 +108,15 @@ mod tests {
             let found = f64::from(*found) / 83.0;
             assert!(column > row || (found - wanted).abs() < 1e-6, "{row}, {column}: {found}, not {wanted}");
         }
-        assert!(found.finish(16).is_ok());
+        assert!(found.finish(16, false).is_ok());
     }
 
     #[test]
     fn what_are_no_inputs() {
         assert!(Moments::new(3).add(&[1.0; 4]).is_err());
-        assert!(Moments::new(3).finish(16).is_err());
+        assert!(Moments::new(3).finish(16, false).is_err());
         let mut odd = Moments::new(2);
         odd.add(&[1.0, f32::NAN]).expect("they have the length");
-        assert!(odd.finish(16).is_err());
+        assert!(odd.finish(16, false).is_err());
     }
 }
