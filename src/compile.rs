@@ -14,7 +14,7 @@ use crate::build::{self, Logits};
 use crate::describe::{self, Description};
 use crate::element::{CacheType, ElementType};
 use crate::error::{Code, Error, Result};
-use crate::graph::Graph;
+use crate::graph::{Graph, Node};
 use crate::lower::{self, Cache, CacheScales, Lowered, Padding, Precision, Stored};
 use crate::opset::{Positions, Target};
 use crate::read::{Repository, hash_bytes};
@@ -351,7 +351,8 @@ impl Compiled {
     fn signature(&self, options: &Options) -> Signature {
         let spec = &self.description.spec;
         let attention = spec.layers.first().map(|layer| &layer.attention);
-        let fused = self.lowered.graph.nodes.iter().filter(|node| node.op.op_type == "GroupQueryAttention").count();
+        let fused = |node: &Node<lower::Operator>| node.whole().any(|node| node.op.op_type == "GroupQueryAttention");
+        let fused = self.lowered.graph.nodes.iter().filter(|node| fused(node)).count();
         Signature {
             onnx_file: format!("onnx/{}", self.file_name(options)),
             dtype: options.element,

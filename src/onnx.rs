@@ -96,6 +96,15 @@ pub struct NodeProto {
     pub domain: String,
 }
 
+impl NodeProto {
+    /// The values that it uses, also within its graphs, where some may be their own.
+    pub fn uses(&self) -> Vec<&str> {
+        let own = self.input.iter().map(String::as_str);
+        let graphs = self.attribute.iter().filter_map(|attribute| attribute.g.as_ref());
+        own.chain(graphs.flat_map(|graph| graph.node.iter().flat_map(Self::uses))).collect()
+    }
+}
+
 /// A named attribute of a node.
 #[derive(Clone, PartialEq, Message)]
 pub struct AttributeProto {
@@ -111,13 +120,16 @@ pub struct AttributeProto {
     /// STRING.
     #[prost(bytes = "vec", tag = "4")]
     pub s: Vec<u8>,
+    /// GRAPH.
+    #[prost(message, optional, boxed, tag = "6")]
+    pub g: Option<Box<GraphProto>>,
     /// FLOATS.
     #[prost(float, repeated, tag = "7")]
     pub floats: Vec<f32>,
     /// INTS.
     #[prost(int64, repeated, tag = "8")]
     pub ints: Vec<i64>,
-    /// Which of the fields holds the value: 1 FLOAT, 2 INT, 3 STRING, 6 FLOATS, 7 INTS.
+    /// Which of the fields holds the value: 1 FLOAT, 2 INT, 3 STRING, 5 GRAPH, 6 FLOATS, 7 INTS.
     #[prost(int32, tag = "20")]
     pub r#type: i32,
 }

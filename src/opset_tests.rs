@@ -55,7 +55,7 @@ fn the_table_costs_little() {
 fn targets_are_named() -> Result<()> {
     let target = Target::named("ort-cpu")?;
     assert_eq!((target.ir_version, target.opsets.get(ONNX), target.opsets.get(MICROSOFT)), (10, Some(&21), Some(&1)));
-    assert_eq!(target.forms("attention")?, ["GroupQueryAttention", "spelled_out"]);
+    assert_eq!(target.forms("attention")?, ["GroupQueryAttention.by_length", "GroupQueryAttention", "spelled_out"]);
     assert_eq!(target.dtypes, [ElementType::F32, ElementType::F16, ElementType::BF16]);
     assert_eq!(Target::named("standard")?.opsets.len(), 1);
     let cuda = Target::named("ort-cuda")?;

@@ -140,6 +140,7 @@ fn another_target() -> TestResult {
     let lines: Vec<&str> =
         value["graph"]["lines"].as_array().ok_or("no list")?.iter().filter_map(Value::as_str).collect();
     assert!(lines.iter().any(|line| line.starts_with("- ") && line.contains("com.microsoft.GroupQueryAttention{")));
+    assert!(lines.contains(&"-   then_branch:"), "{lines:#?}");
     assert!(lines.iter().any(|line| line.starts_with("+ ") && line.contains(" = Attention{")), "{lines:#?}");
     assert!(lines.contains(&"- opset ai.onnx 21") && lines.contains(&"+ opset ai.onnx 23"), "{lines:#?}");
     assert_eq!(

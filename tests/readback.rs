@@ -9,11 +9,11 @@ use std::path::Path;
 use common::models::{TARGETS, build_with, options};
 use common::{TestResult, cases, kjv_llama, scratch};
 use hf2onnx::compile::{Compiled, Options};
-use hf2onnx::graph::{Source, Type};
-use hf2onnx::lower::{Attribute, Constant};
+use hf2onnx::graph::{Node, Source, Type};
+use hf2onnx::lower::{Attribute, Constant, Operator};
 use onnx_protobuf::attribute_proto::AttributeType;
 use onnx_protobuf::tensor_proto::DataLocation;
-use onnx_protobuf::{AttributeProto, GraphProto, Message as _, ModelProto, TensorProto, ValueInfoProto};
+use onnx_protobuf::{AttributeProto, GraphProto, Message as _, ModelProto, NodeProto, TensorProto, ValueInfoProto};
 use onnx_protobuf::{tensor_shape_proto, type_proto};
 use rayon::prelude::*;
 
@@ -45,9 +45,9 @@ fn check(options: &Options) -> TestResult {
     same("opset imports", &imports.collect::<BTreeMap<_, _>>(), &wanted.collect())?;
     let graph = model.graph.as_ref().ok_or("no graph")?;
     signature(graph, &compiled)?;
-    nodes(graph, &compiled)?;
+    nodes(&graph.node, &compiled.lowered.graph.nodes, &compiled)?;
     initializers(graph, &compiled, &output.join("onnx"))?;
-    order(graph)
+    order(graph, &BTreeSet::new())
 }
 
 fn same<T: PartialEq + std::fmt::Debug>(what: &str, found: &T, wanted: &T) -> TestResult {
@@ -86,19 +86,32 @@ fn spelled(ty: &Type<hf2onnx::element::ElementType>) -> (i32, Vec<String>) {
     (ty.element.onnx(), ty.shape.iter().map(ToString::to_string).collect())
 }
 
-fn nodes(graph: &GraphProto, compiled: &Compiled) -> TestResult {
+fn nodes(found: &[NodeProto], wanted: &[Node<Operator>], compiled: &Compiled) -> TestResult {
     let lowered = &compiled.lowered.graph;
-    same("number of nodes", &graph.node.len(), &lowered.nodes.len())?;
+    same("number of nodes", &found.len(), &wanted.len())?;
     let name = |id: &Option<_>| id.map_or(String::new(), |id| lowered.value(id).name.clone());
-    for (found, wanted) in graph.node.iter().zip(&lowered.nodes) {
+    for (found, wanted) in found.iter().zip(wanted) {
         let whole = [&found.name, &found.op_type, &found.domain].map(String::as_str);
         same("node", &whole, &[wanted.name.as_str(), wanted.op.op_type, wanted.op.domain])?;
         same(&wanted.name, &found.input, &wanted.inputs.iter().map(name).collect())?;
         same(&wanted.name, &found.output, &wanted.outputs.iter().map(name).collect())?;
         let attributes = wanted.op.attributes.iter().map(|(name, value)| ((*name).to_owned(), value.clone()));
-        let read = found.attribute.iter().map(attribute).collect::<TestResult<Vec<_>>>()?;
+        let (graphs, plain): (Vec<_>, Vec<_>) = found.attribute.iter().partition(|attribute| attribute.g.is_some());
+        let read = plain.into_iter().map(attribute).collect::<TestResult<Vec<_>>>()?;
         let wanted_texts = attributes.map(|(name, value)| (name, shown(&value)));
         same(&wanted.name, &read, &wanted_texts.collect())?;
+        same(&wanted.name, &graphs.len(), &wanted.branches.len())?;
+        for (graph, branch) in graphs.into_iter().zip(&wanted.branches) {
+            same(
+                &wanted.name,
+                &(graph.name.as_str(), graph.g.input.len(), graph.g.initializer.len()),
+                &(branch.name, 0, 0),
+            )?;
+            let results = branch.results.iter().map(|id| (lowered.value(*id).name.clone(), spelled(lowered.ty(*id))));
+            let read = graph.g.output.iter().map(described).collect::<Vec<_>>();
+            same(branch.name, &read, &results.collect())?;
+            nodes(&graph.g.node, &branch.nodes, compiled)?;
+        }
     }
     Ok(())
 }
@@ -170,8 +183,8 @@ fn extent(tensor: &TensorProto, folder: &Path) -> TestResult<(u64, u64)> {
 }
 
 /// Single assignment: no name twice, and nothing used before it is there.
-fn order(graph: &GraphProto) -> TestResult {
-    let mut known: BTreeSet<&str> = BTreeSet::new();
+fn order(graph: &GraphProto, outside: &BTreeSet<&str>) -> TestResult {
+    let mut known: BTreeSet<&str> = outside.clone();
     let inputs = graph.input.iter().map(|input| input.name.as_str());
     for name in inputs.chain(graph.initializer.iter().map(|tensor| tensor.name.as_str())) {
         if name.is_empty() || !known.insert(name) {
@@ -185,6 +198,9 @@ fn order(graph: &GraphProto) -> TestResult {
         }
         if let Some(early) = node.input.iter().find(|name| !name.is_empty() && !known.contains(name.as_str())) {
             return Err(format!("node {} uses {early} before it is there", node.name).into());
+        }
+        for attribute in node.attribute.iter().filter(|attribute| attribute.g.is_some()) {
+            order(&attribute.g, &known)?;
         }
         if let Some(twice) = node.output.iter().find(|name| !name.is_empty() && !known.insert(name)) {
             return Err(format!("value {twice} twice").into());

@@ -171,6 +171,7 @@ impl Builder {
             op,
             inputs: operands.iter().copied().map(Some).collect(),
             outputs: results.into_iter().map(Some).collect(),
+            branches: Vec::new(),
         });
         Ok(results)
     }

@@ -61,7 +61,7 @@ fn lines(built: &Built) -> Vec<String> {
     lines.push(format!("graph {}", graph.name));
     lines.extend(graph.input.iter().map(|value| format!("input {}", typed(value))));
     lines.extend(graph.value_info.iter().map(|value| format!("value {}", typed(value))));
-    lines.extend(graph.node.iter().map(node));
+    graph.node.iter().for_each(|each| node(each, 0, &mut lines));
     lines.extend(graph.output.iter().map(|value| format!("output {}", typed(value))));
     lines
 }
@@ -86,18 +86,20 @@ fn typed(value: &ValueInfoProto) -> String {
     format!("{}: {}[{}]", value.name, type_name(tensor.elem_type), dims.join(", "))
 }
 
-fn node(node: &NodeProto) -> String {
+/// A node, and what is within it.
+fn node(node: &NodeProto, depth: usize, lines: &mut Vec<String>) {
     let names = |values: &[String]| {
         let names: Vec<&str> = values.iter().map(|name| if name.is_empty() { "_" } else { name }).collect();
         names.join(", ")
     };
-    let mut text = format!("{} = ", names(&node.output));
+    let mut text = format!("{}{} = ", "  ".repeat(depth), names(&node.output));
     if !node.domain.is_empty() {
         text = text + &node.domain + ".";
     }
     text += &node.op_type;
     // Their order says nothing.
-    let mut attributes: Vec<String> = node.attribute.iter().map(attribute).collect();
+    let plain = node.attribute.iter().filter(|attribute| attribute.g.is_none());
+    let mut attributes: Vec<String> = plain.map(attribute).collect();
     attributes.sort();
     if !attributes.is_empty() {
         text = text + "{" + &attributes.join(", ") + "}";
@@ -107,7 +109,14 @@ fn node(node: &NodeProto) -> String {
     if !node.output.iter().any(|output| output.starts_with(&node.name)) {
         text = text + "  # " + &node.name;
     }
-    text
+    lines.push(text);
+    for (name, graph) in node.attribute.iter().filter_map(|attribute| Some((&attribute.name, attribute.g.as_ref()?))) {
+        let indent = "  ".repeat(depth);
+        lines.push(format!("{indent}  {name}:"));
+        graph.node.iter().for_each(|each| self::node(each, depth + 2, lines));
+        let results: Vec<&str> = graph.output.iter().map(|value| value.name.as_str()).collect();
+        lines.push(format!("{indent}    results {}", results.join(", ")));
+    }
 }
 
 fn attribute(attribute: &AttributeProto) -> String {

@@ -104,6 +104,31 @@ pub struct Node<O> {
     pub inputs: Vec<Option<ValueId>>,
     /// Results; `None` for one that is not wanted.
     pub outputs: Vec<Option<ValueId>>,
+    /// What it may run instead of computing something itself.
+    pub branches: Vec<Branch<O>>,
+}
+
+/// Nodes within a node, which also use values of the graph around it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Branch<O> {
+    /// Which one it is.
+    pub name: &'static str,
+    /// Nodes; each uses only values that stand before it.
+    pub nodes: Vec<Node<O>>,
+    /// What become the results of the node.
+    pub results: Vec<ValueId>,
+}
+
+impl<O> Node<O> {
+    /// This node and those within it.
+    pub fn whole(&self) -> impl Iterator<Item = &Self> {
+        let mut stack = vec![self];
+        std::iter::from_fn(move || {
+            let node = stack.pop()?;
+            stack.extend(node.branches.iter().flat_map(|branch| &branch.nodes));
+            Some(node)
+        })
+    }
 }
 
 /// Values and the nodes between them, in topological order.
@@ -164,14 +189,32 @@ impl<D: Dialect> Graph<D> {
     fn name(&self, id: Option<ValueId>) -> &str {
         id.map_or("_", |id| &self.value(id).name)
     }
+
+    fn write_node(&self, f: &mut fmt::Formatter<'_>, node: &Node<D::Operation>, depth: usize) -> fmt::Result {
+        let operands: Vec<&str> = node.inputs.iter().map(|id| self.name(*id)).collect();
+        let result = |id: &Option<ValueId>| id.map_or("_".to_owned(), |id| self.typed(id));
+        let results: Vec<String> = node.outputs.iter().map(result).collect();
+        let indent = "  ".repeat(depth);
+        writeln!(f, "{indent}{} = {}({})", results.join(", "), node.op, operands.join(", "))?;
+        for branch in &node.branches {
+            writeln!(f, "{indent}  {}:", branch.name)?;
+            branch.nodes.iter().try_for_each(|node| self.write_node(f, node, depth + 2))?;
+            let results: Vec<&str> = branch.results.iter().map(|id| self.name(Some(*id))).collect();
+            writeln!(f, "{indent}    results {}", results.join(", "))?;
+        }
+        Ok(())
+    }
+
+    fn typed(&self, id: ValueId) -> String {
+        format!("{}: {}", self.value(id).name, self.ty(id))
+    }
 }
 
 impl<D: Dialect> fmt::Display for Graph<D> {
-    /// One line per input, literal, node and output; the same graph always gives the same text.
+    /// One line per input, literal, node and output, and more for what is within a node; the same graph always gives the same text.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for id in &self.inputs {
-            let value = self.value(*id);
-            writeln!(f, "input {}: {}", value.name, value.ty)?;
+            writeln!(f, "input {}", self.typed(*id))?;
         }
         for value in &self.values {
             if let Source::Literal(literal) = &value.source {
@@ -179,13 +222,7 @@ impl<D: Dialect> fmt::Display for Graph<D> {
             }
         }
         for node in &self.nodes {
-            let operands: Vec<&str> = node.inputs.iter().map(|id| self.name(*id)).collect();
-            let results: Vec<String> = node
-                .outputs
-                .iter()
-                .map(|id| id.map_or("_".to_owned(), |id| format!("{}: {}", self.value(id).name, self.ty(id))))
-                .collect();
-            writeln!(f, "{} = {}({})", results.join(", "), node.op, operands.join(", "))?;
+            self.write_node(f, node, 0)?;
         }
         for id in &self.outputs {
             writeln!(f, "output {}", self.value(*id).name)?;

@@ -7,7 +7,7 @@ use serde::Serialize;
 use crate::compile::Compiled;
 use crate::describe::distance;
 use crate::error::{Code, Error, Result};
-use crate::graph::{Source, ValueId};
+use crate::graph::{Node, Source, ValueId};
 use crate::lower::Constant;
 
 /// The way of a tensor, a parameter or an initializer into the graph.
@@ -133,7 +133,8 @@ fn tensor(compiled: &Compiled, name: &str) -> Option<TensorStep> {
 }
 
 fn users(compiled: &Compiled, id: ValueId) -> Vec<NodeStep> {
-    let nodes = compiled.lowered.graph.nodes.iter().filter(|node| node.inputs.contains(&Some(id)));
+    let nodes = compiled.lowered.graph.nodes.iter().flat_map(Node::whole);
+    let nodes = nodes.filter(|node| node.inputs.contains(&Some(id)));
     nodes.map(|node| NodeStep { name: node.name.clone(), operator: node.op.to_string() }).collect()
 }
 

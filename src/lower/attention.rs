@@ -10,18 +10,18 @@ use crate::spec::RopeLayout;
 
 /// What an attention reads.
 #[derive(Clone, Copy)]
-struct Operands {
-    query: ValueId,
+pub(super) struct Operands {
+    pub(super) query: ValueId,
     /// New keys and values `[B, S, K*D]`, or all of another layer's `[B, K, T, D]`.
-    key: ValueId,
-    value: ValueId,
-    past: Option<(ValueId, ValueId)>,
-    sinks: Option<ValueId>,
+    pub(super) key: ValueId,
+    pub(super) value: ValueId,
+    pub(super) past: Option<(ValueId, ValueId)>,
+    pub(super) sinks: Option<ValueId>,
     /// Added to the scores, `[B, 1, S, T]`
-    bias: Option<ValueId>,
+    pub(super) bias: Option<ValueId>,
     /// Cosine and sine of every place `[T, size / 2]`, and which elements pair up, if queries and keys are yet to be
     /// rotated.
-    rotation: Option<([ValueId; 2], RopeLayout)>,
+    pub(super) rotation: Option<([ValueId; 2], RopeLayout)>,
 }
 
 impl Operands {
@@ -57,6 +57,7 @@ impl Lowerer<'_> {
         }
         self.first_form("attention", |s, form| match form {
             super::aligned::FORM => s.aligned_attention(op, operands),
+            super::by_length::FORM => s.attention_by_length(op, operands),
             "GroupQueryAttention" => s.group_query_attention(op, operands),
             "Attention" if op.sinks => Ok(Form::Refused("the operator has no sinks".to_owned())),
             "Attention" if op.shared => s.standard_on_shared(op, operands).map(Form::Done),
@@ -70,7 +71,7 @@ impl Lowerer<'_> {
         if self.order_kept.is_none() {
             return Ok(None);
         }
-        if self.options.target.forms("attention")?.first().is_none_or(|form| form != "GroupQueryAttention") {
+        if self.options.target.forms("attention")?.iter().all(|form| form != "GroupQueryAttention") {
             return Ok(Some("attention is of another form".to_owned()));
         }
         Ok(unfit(op))
@@ -108,6 +109,12 @@ impl Lowerer<'_> {
         if let Some(reason) = unfit(op) {
             return Ok(Form::Refused(reason));
         }
+        let (last, bias) = self.kept_places(op, &operands)?;
+        self.call_group_query(op, operands, last, bias).map(Form::Done)
+    }
+
+    /// The place of each row's last token `[B]`, and the bias that hides padding.
+    pub(super) fn kept_places(&mut self, op: &AttentionOp, operands: &Operands) -> Result<(ValueId, Option<ValueId>)> {
         let bias = self.attention_bias(op, operands.bias, self.e.ty(operands.query).element)?;
         let last = if bias.is_none() {
             self.seqlens()?
@@ -115,7 +122,13 @@ impl Lowerer<'_> {
             let last = self.last_kept()?;
             self.share("mask/seqlens_k", |s| s.e.cast(last, ElementType::I32))?
         };
-        self.call_group_query(op, operands, last, bias).map(Form::Done)
+        Ok((last, bias))
+    }
+
+    /// Tokens in the cache and new ones together, as the operator takes it.
+    pub(super) fn total_sequence_length(&mut self) -> Result<ValueId> {
+        let total = self.total_length()?;
+        self.share("mask/total_sequence_length", |s| s.e.cast(total, ElementType::I32))
     }
 
     /// The same without a bias, on rows that are aligned to the left.
@@ -127,15 +140,14 @@ impl Lowerer<'_> {
         self.call_group_query(op, operands, last, None).map(Form::Done)
     }
 
-    fn call_group_query(
+    pub(super) fn call_group_query(
         &mut self,
         op: &AttentionOp,
         operands: Operands,
         last: ValueId,
         bias: Option<ValueId>,
     ) -> Result<Vec<ValueId>> {
-        let total = self.total_length()?;
-        let total = self.share("mask/total_sequence_length", |s| s.e.cast(total, ElementType::I32))?;
+        let total = self.total_sequence_length()?;
         let mut call = Operator::microsoft("GroupQueryAttention")
             .size("num_heads", op.heads)
             .size("kv_num_heads", op.kv_heads)

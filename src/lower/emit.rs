@@ -6,7 +6,7 @@ use super::infer::{Inferred, Operand, infer};
 use super::onnx_graph::{Attribute, Constant, Onnx, Operator, Quantized};
 use crate::element::ElementType;
 use crate::error::{Code, Error, Result};
-use crate::graph::{Dim, Graph, Node, Shape, Source, Type, ValueId};
+use crate::graph::{Branch, Dim, Graph, Node, Shape, Source, Type, ValueId};
 use crate::opset::{AttributeKind, Target};
 use crate::weight::Weight;
 
@@ -91,8 +91,43 @@ impl Emitter {
         let Some(ids) = ids.into_iter().collect::<Option<Vec<ValueId>>>().and_then(|ids| ids.try_into().ok()) else {
             return Err(refused(format!("fewer than {N} results")));
         };
-        self.graph.nodes.push(Node { name, op, inputs: operands.to_vec(), outputs });
+        self.graph.nodes.push(Node { name, op, inputs: operands.to_vec(), outputs, branches: Vec::new() });
         Ok(ids)
+    }
+
+    /// The nodes so far, for [`Self::leave`]: those that follow are a branch.
+    pub(super) fn branch(&mut self) -> Vec<Node<Operator>> {
+        std::mem::take(&mut self.graph.nodes)
+    }
+
+    /// The nodes of a branch; what follows stands behind the nodes before it.
+    pub(super) fn leave(&mut self, before: Vec<Node<Operator>>) -> Vec<Node<Operator>> {
+        std::mem::replace(&mut self.graph.nodes, before)
+    }
+
+    /// Adds an `If`, whose results are those of the first branch if the condition, one boolean, is true, else of the second.
+    pub(super) fn choose(&mut self, condition: ValueId, branches: [Branch<Operator>; 2]) -> Result<Vec<ValueId>> {
+        let name = self.unique("If");
+        let types = |branch: &Branch<Operator>| -> Vec<Type<ElementType>> {
+            branch.results.iter().map(|id| self.ty(*id).clone()).collect()
+        };
+        let [first, second] = branches.each_ref().map(types);
+        if first != second || self.ty(condition).element != ElementType::Bool {
+            return Err(Error::new(Code::NodeInvalid, format!("node {name}"))
+                .found("branches with other types, or a condition that is no boolean")
+                .help("this is a defect of a lowering; please report it with the model's config.json"));
+        }
+        let named = first.into_iter().enumerate();
+        let results: Vec<ValueId> =
+            named.map(|(index, ty)| self.graph.add_value(format!("{name}/output_{index}"), ty, Source::Node)).collect();
+        self.graph.nodes.push(Node {
+            name,
+            op: Operator::new("If"),
+            inputs: vec![Some(condition)],
+            outputs: results.iter().copied().map(Some).collect(),
+            branches: branches.into(),
+        });
+        Ok(results)
     }
 
     /// True if the target's provider computes a node; every target without one does.
@@ -204,8 +239,9 @@ impl Emitter {
         self.floats_of(ElementType::F32, &values, None)
     }
 
+    /// A constant list of floats, `[n]`, or of another shape.
     #[expect(clippy::cast_possible_truncation, reason = "rounding to the element type is what is asked for")]
-    fn floats_of(&mut self, element: ElementType, values: &[f64], shape: Option<Shape>) -> ValueId {
+    pub(super) fn floats_of(&mut self, element: ElementType, values: &[f64], shape: Option<Shape>) -> ValueId {
         let bytes: Vec<u8> = match element {
             ElementType::F16 => values.iter().flat_map(|v| half::f16::from_f64(*v).to_le_bytes()).collect(),
             ElementType::BF16 => values.iter().flat_map(|v| half::bf16::from_f64(*v).to_le_bytes()).collect(),

@@ -7,6 +7,7 @@
 mod activation;
 mod aligned;
 mod attention;
+mod by_length;
 mod cache;
 mod combination;
 mod emit;

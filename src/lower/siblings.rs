@@ -52,6 +52,13 @@ impl Siblings {
         self.whole.contains(&value)
     }
 
+    /// Says that a value holds what another one does.
+    pub(super) fn like(&mut self, value: ValueId, other: ValueId) {
+        if self.is_whole(other) {
+            self.whole.insert(value);
+        }
+    }
+
     fn add(&mut self, group: Group) {
         let index = self.groups.len();
         self.places.extend(group.members.iter().enumerate().map(|(place, member)| (member.result, (index, place))));

@@ -377,7 +377,7 @@ mod tests {
         let library = found.library().unwrap();
         assert_eq!((library.origin, library.version.as_deref()), (Origin::System, Some("1.23.2")));
         let python = found.places.iter().find(|p| p.origin == Origin::Python).unwrap();
-        assert_eq!(python.state, State::Skipped { reason: "release 1.17.3 is older than 1.22".into() });
+        assert_eq!(python.state, State::Skipped { reason: "release 1.17.3 is older than 1.23".into() });
     }
 
     #[test]
@@ -398,6 +398,6 @@ mod tests {
         let path = root.path().join("libonnxruntime.so");
         fs::write(&path, b"\x7fELF\0OrtGetApiBase\0VERS_1.20.1\0more").unwrap();
         let place = examine(Origin::System, &path);
-        assert_eq!(place.state, State::Skipped { reason: "release 1.20.1 is older than 1.22".into() });
+        assert_eq!(place.state, State::Skipped { reason: "release 1.20.1 is older than 1.23".into() });
     }
 }

@@ -86,7 +86,7 @@ fn keep_only(graph: &mut GraphProto, names: &[String]) {
     nodes.retain(|node| {
         let kept = node.output.iter().any(|output| needed.contains(output));
         if kept {
-            needed.extend(node.input.iter().cloned());
+            needed.extend(node.uses().into_iter().map(str::to_owned));
         }
         kept
     });

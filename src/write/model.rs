@@ -5,7 +5,7 @@ use prost::Message;
 use super::layout::{DataFile, Extent};
 use crate::bind::Plan;
 use crate::element::ElementType;
-use crate::graph::{Dim, Graph, Node, Source, Type, Value, ValueId};
+use crate::graph::{Branch, Dim, Graph, Node, Source, Type, Value, ValueId};
 use crate::lower::{Attribute, Constant, Onnx, Operator};
 use crate::onnx::{
     AttributeProto, Dimension, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, StringStringEntryProto,
@@ -73,14 +73,26 @@ fn constant(value: &Value<Onnx>) -> Option<TensorProto> {
 
 fn node(graph: &Graph<Onnx>, node: &Node<Operator>) -> NodeProto {
     let name = |id: &Option<ValueId>| id.map_or(String::new(), |id| graph.value(id).name.clone());
+    let attributes = node.op.attributes.iter().map(|(name, value)| attribute(name, value));
+    let branches = node.branches.iter().map(|b| branch(graph, b));
     NodeProto {
         input: node.inputs.iter().map(name).collect(),
         output: node.outputs.iter().map(name).collect(),
         name: node.name.clone(),
         op_type: node.op.op_type.to_owned(),
-        attribute: node.op.attributes.iter().map(|(name, value)| attribute(name, value)).collect(),
+        attribute: attributes.chain(branches).collect(),
         domain: node.op.domain.to_owned(),
     }
+}
+
+fn branch(graph: &Graph<Onnx>, branch: &Branch<Operator>) -> AttributeProto {
+    let body = GraphProto {
+        node: branch.nodes.iter().map(|n| node(graph, n)).collect(),
+        name: branch.name.to_owned(),
+        output: branch.results.iter().map(|id| value_info(&graph.value(*id).name, &graph.value(*id).ty)).collect(),
+        ..GraphProto::default()
+    };
+    AttributeProto { name: branch.name.to_owned(), g: Some(Box::new(body)), r#type: 5, ..AttributeProto::default() }
 }
 
 fn attribute(name: &str, value: &Attribute) -> AttributeProto {
