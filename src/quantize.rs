@@ -245,7 +245,7 @@ pub fn quantize_rows(
     blocks.rows_mut(columns, step, scheme).zip(values.par_chunks(step * columns)).enumerate().try_for_each(
         |(chunk, (out, values))| {
             let job = Job { values, columns, weights: &weights, scheme, grid, out };
-            pulp::Arch::new().dispatch(job).map_err(|refused| refused.explain(chunk * step, scheme))
+            lanes::by_eight(job).map_err(|refused| refused.explain(chunk * step, scheme))
         },
     )?;
     Ok(blocks)

@@ -39,7 +39,7 @@ pub(super) struct Range {
     high: f32,
 }
 
-/// Sixteen grids to be tried at once, one a lane.
+/// Grids to be tried at once, one a lane; the other lanes hold them again.
 #[derive(Clone, Copy)]
 struct Candidates {
     /// Reciprocals of their scales.
@@ -88,17 +88,20 @@ impl Grid {
         Fit { scale, zero: clamp(round(-range.low / scale), 0.0, self.top) }
     }
 
-    /// The better one of the plain grid and of what least squares make of the best of sixteen others, by their weighted
-    /// squared errors.
+    /// What least squares make of the best of eight grids, of which one is the plain one, by their weighted squared
+    /// errors.
     ///
-    /// Each of the sixteen rounds the block. For those integers `sum(w q x) / sum(w q q)` is the best scale, and leaves
-    /// an error of `sum(w x x) - sum(w q x)^2 / sum(w q q)`.
+    /// Each of the eight rounds the block. For those integers `sum(w q x) / sum(w q q)` is the best scale, and leaves
+    /// an error of `sum(w x x) - sum(w q x)^2 / sum(w q q)`. So the result is no worse than the plain grid, unless the
+    /// scale has to be rounded.
     #[inline(always)]
     fn search<S: Simd>(&self, simd: S, block: &[Lanes], weights: &[Lanes], range: Range, plain: Fit) -> Fit {
         let candidates = if self.symmetric { self.mirrored(range) } else { self.shifted(range) };
-        let (scale, zero) = self.project(simd, block, weights, &candidates);
+        let (surely, scale, zero) = self.project(simd, block, weights, &candidates);
         let fit = Fit { scale: self.store(scale), zero };
-        let better = self.error(simd, block, weights, fit) < self.error(simd, block, weights, plain);
+        // What the plain grid holds exactly is not to be changed by the last bit of a scale.
+        let certain = surely && self.scales == ScaleType::Float32;
+        let better = certain || self.error(simd, block, weights, fit) < self.error(simd, block, weights, plain);
         if better { fit } else { plain }
     }
 
@@ -111,7 +114,7 @@ impl Grid {
             _ => &MIRRORED_8,
         };
         let inverse = 1.0 / range.extreme();
-        Candidates { inverse: steps.map(|step| step * inverse), zero: [self.middle; LANES] }
+        Candidates { inverse: twice(&steps.map(|step| step * inverse)), zero: [self.middle; LANES] }
     }
 
     /// Ranges cut at either end, with the zero point that each one needs.
@@ -122,43 +125,66 @@ impl Grid {
             4 => (&SHIFTED_4.0, &SHIFTED_4.1),
             _ => (&SHIFTED_8.0, &SHIFTED_8.1),
         };
-        let (mut inverse, mut zero) = ([0.0; LANES], [0.0; LANES]);
+        let (mut inverse, mut zero) = ([0.0; CANDIDATES], [0.0; CANDIDATES]);
         for ((inverse, zero), (low, high)) in inverse.iter_mut().zip(&mut zero).zip(low.iter().zip(high)) {
             *inverse = self.top / (range.high * high - range.low * low);
             *zero = clamp(round(-range.low * low * *inverse), 0.0, self.top);
         }
-        Candidates { inverse, zero }
+        Candidates { inverse: twice(&inverse), zero: twice(&zero) }
     }
 
-    /// The best scale for the integers of the best candidate, and its zero point.
+    /// Whether the best candidate is better than the first one by more than rounding; the best scale for its integers, and
+    /// its zero point.
     ///
     /// Candidates stand side by side in registers, values follow one another: no sum crosses lanes.
     #[inline(always)]
-    fn project<S: Simd>(&self, simd: S, block: &[Lanes], weights: &[Lanes], candidates: &Candidates) -> (f32, f32) {
+    fn project<S: Simd>(
+        &self,
+        simd: S,
+        block: &[Lanes],
+        weights: &[Lanes],
+        candidates: &Candidates,
+    ) -> (bool, f32, f32) {
         let (mut cross, mut square, mut gain) = ([0.0; LANES], [0.0; LANES], [0.0; LANES]);
         let steps = S::as_simd_f32s(&candidates.inverse).0.iter().zip(S::as_simd_f32s(&candidates.zero).0);
         let sums = S::as_mut_simd_f32s(&mut cross).0.iter_mut().zip(S::as_mut_simd_f32s(&mut square).0);
-        for (((&inverse, &zero), (cross, square)), gain) in steps.zip(sums).zip(S::as_mut_simd_f32s(&mut gain).0) {
-            let low = simd.sub_f32s(simd.splat_f32s(0.0), zero);
+        let tried = steps.zip(sums).zip(S::as_mut_simd_f32s(&mut gain).0).take(CANDIDATES.div_ceil(S::F32_LANES));
+        for (((&inverse, &zero), (cross, square)), gain) in tried {
+            // Shifted by `ROUND`, numbers are rounded as they are summed.
+            let shift = simd.splat_f32s(ROUND);
+            let low = simd.sub_f32s(shift, zero);
             let high = simd.add_f32s(low, simd.splat_f32s(self.top));
-            for (value, weight) in block.as_flattened().iter().zip(weights.as_flattened()) {
-                let value = simd.splat_f32s(*value);
-                let q = integer(simd, simd.mul_f32s(value, inverse), low, high);
-                let weighted = if self.even { q } else { simd.mul_f32s(q, simd.splat_f32s(*weight)) };
-                *cross = simd.mul_add_f32s(weighted, value, *cross);
-                *square = simd.mul_add_f32s(weighted, q, *square);
+            // Two sums each, so that none waits for the one before.
+            let (mut crosses, mut squares) = ([*cross; 2], [*square; 2]);
+            let pairs = block.as_flattened().as_chunks::<2>().0.iter().zip(weights.as_flattened().as_chunks::<2>().0);
+            for (values, weights) in pairs {
+                let sums = crosses.iter_mut().zip(&mut squares);
+                for ((value, weight), (cross, square)) in values.iter().zip(weights).zip(sums) {
+                    let value = simd.splat_f32s(*value);
+                    let shifted = simd.mul_add_f32s(value, inverse, shift);
+                    let q = simd.sub_f32s(simd.min_f32s(simd.max_f32s(shifted, low), high), shift);
+                    let weighted = if self.even { q } else { simd.mul_f32s(q, simd.splat_f32s(*weight)) };
+                    *cross = simd.mul_add_f32s(weighted, value, *cross);
+                    *square = simd.mul_add_f32s(weighted, q, *square);
+                }
             }
+            let ([cross_even, cross_odd], [square_even, square_odd]) = (crosses, squares);
+            *cross = simd.add_f32s(cross_even, cross_odd);
+            *square = simd.add_f32s(square_even, square_odd);
             // Where all integers are zero, so is the gain.
             let divisor = simd.max_f32s(*square, simd.splat_f32s(f32::MIN_POSITIVE));
             *gain = simd.div_f32s(simd.mul_f32s(*cross, *cross), divisor);
         }
-        // Which one is best can not be foreseen, so nothing branches on it.
-        let most = fold(gain, |a, b| if b > a { b } else { a });
-        let found = gain.iter().enumerate().fold(0_u32, |found, (lane, gain)| found | u32::from(*gain >= most) << lane);
-        let best = usize::try_from(found.trailing_zeros()).unwrap_or(LANES);
-        match (cross.get(best), square.get(best), candidates.zero.get(best)) {
-            (Some(cross), Some(square), Some(zero)) if most > 0.0 => (quotient(*cross, *square), *zero),
-            _ => (0.0, self.middle),
+        // Which one is best can not be foreseen, so nothing branches on it: the last bits of a gain, which is not negative,
+        // give way to its lane counted from the last one, and the largest of these integers is the first of the best.
+        let ranks = (0..8).rev().zip(&gain).map(|(lane, gain)| gain.to_bits() & !7 | lane);
+        let best = 7 - (ranks.fold(0, u32::max) & 7) as usize;
+        match (gain.get(best), cross.get(best), square.get(best), candidates.zero.get(best)) {
+            (Some(most), Some(cross), Some(square), Some(zero)) if *most > 0.0 => {
+                let [plain, ..] = gain;
+                (*most > plain * CERTAIN, quotient(*cross, *square), *zero)
+            }
+            _ => (false, 0.0, self.middle),
         }
     }
 
@@ -249,8 +275,7 @@ impl Range {
             }
         }
         let range = Self { low: fold(low, f32::min), high: fold(high, f32::max) };
-        let limit = LARGEST.to_bits().cast_signed();
-        largest.into_iter().all(|bits| bits <= limit).then_some(range)
+        (largest.into_iter().fold(0, i32::max) <= LARGEST.to_bits().cast_signed()).then_some(range)
     }
 
     /// The value that lies farthest from zero.
@@ -295,25 +320,29 @@ fn clamp(x: f32, low: f32, high: f32) -> f32 {
     if x > high { high } else { x }
 }
 
+/// Grids that a search tries. Chosen, with the constants below, from thirty and more on normal and heavier-tailed values:
+/// they come within 0.6 % of the squared error that all of those leave, in blocks of 32 to 256.
+const CANDIDATES: usize = 8;
+
+/// More than the rounding of a sum.
+const CERTAIN: f32 = 1.000_01;
+
+/// One for each lane.
+#[inline(always)]
+fn twice(values: &[f32; CANDIDATES]) -> Lanes {
+    let mut lanes = [0.0; LANES];
+    lanes.iter_mut().zip(values.iter().cycle()).for_each(|(lane, value)| *lane = *value);
+    lanes
+}
+
 /// Where the larger extreme is put, counted from the zero point; first where plain rounding puts it.
-const MIRRORED_2: [f32; LANES] =
-    [-2.0, -1.5, -1.75, -2.25, -2.5, -3.0, -3.5, -4.0, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5];
-const MIRRORED_4: [f32; LANES] =
-    [-8.0, -7.2, -7.6, -8.4, -8.8, -9.3, -9.9, -10.6, -11.4, 7.0, 7.4, 7.8, 8.3, 8.8, 9.5, 10.3];
-const MIRRORED_8: [f32; LANES] = [
-    -128.0, -126.5, -127.0, -127.5, -128.4, -129.0, -130.0, -131.0, -133.0, -136.0, 127.0, 127.5, 128.5, 130.0, 132.0,
-    135.0,
-];
+const MIRRORED_2: [f32; CANDIDATES] = [-2.0, -2.5, -3.0, -3.5, -4.5, 2.5, 3.0, 4.0];
+const MIRRORED_4: [f32; CANDIDATES] = [-8.0, -7.2, -8.3, -8.6, -9.0, -9.3, -9.9, -10.6];
+const MIRRORED_8: [f32; CANDIDATES] = [-128.0, -126.0, -126.5, -127.0, -127.5, -128.4, -128.7, 127.5];
 /// Parts of the range that are kept, below and above zero.
-const SHIFTED_2: ([f32; LANES], [f32; LANES]) = (
-    [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 1.0, 0.7, 0.8, 0.5, 0.9, 0.6, 0.4, 0.7, 0.4, 0.3],
-    [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.7, 1.0, 0.5, 0.8, 0.6, 0.9, 0.7, 0.4, 0.4, 0.3],
-);
-const SHIFTED_4: ([f32; LANES], [f32; LANES]) = (
-    [1.0, 1.03, 0.97, 0.93, 0.9, 0.86, 0.8, 0.75, 1.0, 0.9, 0.95, 0.8, 1.0, 0.8, 0.85, 0.7],
-    [1.0, 1.03, 0.97, 0.93, 0.9, 0.86, 0.8, 0.75, 0.9, 1.0, 0.8, 0.95, 0.8, 1.0, 0.7, 0.85],
-);
-const SHIFTED_8: ([f32; LANES], [f32; LANES]) = (
-    [1.0, 1.002, 1.004, 0.998, 0.996, 0.993, 0.99, 0.985, 0.98, 1.0, 0.99, 1.0, 0.98, 0.97, 1.0, 0.96],
-    [1.0, 1.002, 1.004, 0.998, 0.996, 0.993, 0.99, 0.985, 0.98, 0.99, 1.0, 0.98, 1.0, 0.97, 0.96, 1.0],
-);
+const SHIFTED_2: ([f32; CANDIDATES], [f32; CANDIDATES]) =
+    ([1.0, 0.5, 0.5, 0.7, 0.3, 0.7, 0.7, 0.3], [1.0, 0.7, 0.4, 0.8, 0.7, 0.6, 0.4, 0.4]);
+const SHIFTED_4: ([f32; CANDIDATES], [f32; CANDIDATES]) =
+    ([1.0, 1.03, 0.97, 0.97, 0.9, 0.9, 0.86, 0.8], [1.0, 1.03, 0.97, 0.9, 0.97, 0.9, 0.86, 0.86]);
+const SHIFTED_8: ([f32; CANDIDATES], [f32; CANDIDATES]) =
+    ([1.0, 1.004, 1.002, 0.998, 0.998, 0.998, 0.996, 0.993], [1.0, 1.004, 1.002, 1.0, 0.998, 0.996, 0.996, 0.996]);

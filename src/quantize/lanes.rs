@@ -13,6 +13,16 @@ pub(super) type Lanes = [f32; LANES];
 /// fraction. The low bits of the sum are the integer itself, in two's complement.
 pub(super) const ROUND: f32 = 12_582_912.0;
 
+/// Runs on registers of eight lanes where there are some: a search tries eight grids, and would leave half of a wider
+/// register empty.
+pub(super) fn by_eight<Op: pulp::WithSimd>(op: Op) -> Op::Output {
+    #[cfg(any(target_arch = "x86", target_arch = "x86_64"))]
+    if let Some(simd) = pulp::x86::V3::try_new() {
+        return pulp::Simd::vectorize(simd, op);
+    }
+    pulp::Arch::new().dispatch(op)
+}
+
 /// One value out of sixteen, in halves: the order does not depend on the machine.
 #[inline(always)]
 pub(super) fn fold(lanes: Lanes, f: impl Fn(f32, f32) -> f32) -> f32 {
