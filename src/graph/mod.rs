@@ -211,7 +211,8 @@ impl<D: Dialect> Graph<D> {
 }
 
 impl<D: Dialect> fmt::Display for Graph<D> {
-    /// One line per input, literal, node and output, and more for what is within a node; the same graph always gives the same text.
+    /// One line per input, literal, node and output, and more for what is within a node; the same graph always gives the
+    /// same text.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for id in &self.inputs {
             writeln!(f, "input {}", self.typed(*id))?;

@@ -105,7 +105,8 @@ impl Emitter {
         std::mem::replace(&mut self.graph.nodes, before)
     }
 
-    /// Adds an `If`, whose results are those of the first branch if the condition, one boolean, is true, else of the second.
+    /// Adds an `If`, whose results are those of the first branch if the condition, one boolean, is true, else of the
+    /// second.
     pub(super) fn choose(&mut self, condition: ValueId, branches: [Branch<Operator>; 2]) -> Result<Vec<ValueId>> {
         let name = self.unique("If");
         let types = |branch: &Branch<Operator>| -> Vec<Type<ElementType>> {
