@@ -113,6 +113,17 @@ impl Scheme {
         Self { algorithm, ..self }
     }
 
+    /// The same in the largest blocks, of its own size or less, that suit; none if none do. What a checkpoint stores keeps
+    /// its blocks.
+    #[must_use]
+    pub fn in_blocks_that(self, suit: impl Fn(&Self) -> bool) -> Option<Self> {
+        let smaller = |scheme: &Self| {
+            let divisible = scheme.block_size > LANES && scheme.algorithm != Algorithm::Stored;
+            divisible.then_some(Self { block_size: scheme.block_size / 2, ..*scheme })
+        };
+        std::iter::successors(Some(self), smaller).find(suit)
+    }
+
     /// Bits of a weight.
     pub fn bits(&self) -> u8 {
         self.bits

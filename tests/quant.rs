@@ -3,7 +3,7 @@
 
 mod common;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
@@ -233,6 +233,23 @@ fn experts_and_tied_tables() -> TestResult {
     };
     let (table, head) = (extent("model.embed_tokens.weight.int4.rows"), extent("model.embed_tokens.weight.int4"));
     assert!(table.is_some() && table == head, "{table:?} {head:?}");
+    Ok(())
+}
+
+/// Where an operator takes whole blocks only, or whole bytes of zero points, blocks get smaller.
+#[test]
+fn blocks_fit_the_operator() -> TestResult {
+    let q4 = || Recipe::new("q4", &Changes::default());
+    for name in ["mixtral", "qwen3_moe", "gpt_oss"] {
+        let compiled = compile(&Options { recipe: Some(q4()?), ..Case::named(name)?.options("ort-cpu")? })?;
+        let fused = compiled.lowered.graph.nodes.iter().filter(|node| node.op.op_type == "QMoE").count();
+        assert!(fused > 0 && compiled.lowered.refused.is_empty(), "{name}: {:?}", compiled.lowered.refused);
+    }
+    // 192 columns are three blocks of 64, whose zero points end within a byte, or six of 32; 512 are two of 256.
+    let compiled = compile(&Options { recipe: Some(q4()?), ..options(&kjv_llama(), "standard")? })?;
+    assert!(compiled.lowered.refused.is_empty(), "{:?}", compiled.lowered.refused);
+    let sizes: BTreeSet<usize> = schemes(&compiled).values().map(Scheme::block_size).collect();
+    assert_eq!(sizes, BTreeSet::from([32, 256]));
     Ok(())
 }
 

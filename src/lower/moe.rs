@@ -92,12 +92,13 @@ impl Lowerer<'_> {
             Ok(scheme) => scheme,
             Err(reason) => return Ok(self.refuse(&names, reason)),
         };
-        let block = scheme.block_size();
-        let inputs = width(&up.1);
-        if !inputs.is_multiple_of(block) {
-            let reason = format!("{inputs} columns are no whole number of blocks of {block}");
+        let (inputs, least) = (width(&up.1), self.options.target.limits("QMoE").block);
+        let whole = |s: &Scheme| inputs.is_multiple_of(s.block_size()) && s.block_size() >= least;
+        let Some(scheme) = scheme.in_blocks_that(whole) else {
+            let reason = format!("{inputs} columns are no whole number of blocks of {}", scheme.block_size());
             return Ok(self.refuse(&names, reason));
-        }
+        };
+        let block = scheme.block_size();
         // The second projection's last block is filled up with zeros, so that many more rows of the first one, whatever
         // they hold, change nothing.
         let rows = op.intermediate_size.next_multiple_of(block);

@@ -262,18 +262,17 @@ impl Lowerer<'_> {
             if form != "DequantizeLinear" {
                 return Ok(Form::Done(None));
             }
-            let refusal = match shape.last() {
-                Some(columns) if !columns.is_multiple_of(scheme.block_size()) => {
+            let columns = shape.last().copied().unwrap_or(0);
+            let whole = |s: &Scheme| columns.is_multiple_of(s.block_size());
+            let bytes = |s: &Scheme| s.is_symmetric() || s.bits() != 4 || s.blocks(columns).is_multiple_of(2);
+            let refusal = match scheme.in_blocks_that(|s| whole(s) && bytes(s)) {
+                None if !whole(scheme) => {
                     format!("{columns} columns are no whole number of blocks of {}", scheme.block_size())
                 }
                 _ if scheme.bits() == 2 => "the operator reads no 2 bits in this opset".to_owned(),
                 _ if scheme.has_float_zeros() => "the operator takes no float zero points".to_owned(),
-                Some(columns)
-                    if !scheme.is_symmetric() && scheme.bits() == 4 && !scheme.blocks(*columns).is_multiple_of(2) =>
-                {
-                    "the zero points of a row with an odd number of blocks end within a byte".to_owned()
-                }
-                _ => return s.dequantize_linear(name, shape, scheme).map(|value| Form::Done(Some(value))),
+                None => "the zero points of a row with an odd number of blocks end within a byte".to_owned(),
+                Some(scheme) => return s.dequantize_linear(name, shape, &scheme).map(|value| Form::Done(Some(value))),
             };
             Ok(s.refuse(&[name], refusal))
         })
