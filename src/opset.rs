@@ -85,11 +85,14 @@ pub struct Limits {
     /// Largest head whose cache it keeps in 8 bits.
     #[serde(default = "any")]
     pub quantized_head: usize,
+    /// It takes integers for packed in its own way unless it is told that they are not.
+    #[serde(default)]
+    pub packed: bool,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { widths: one(), block: one(), quantized_head: any() }
+        Self { widths: one(), block: one(), quantized_head: any(), packed: false }
     }
 }
 

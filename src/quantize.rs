@@ -113,6 +113,12 @@ impl Scheme {
         Self { algorithm, ..self }
     }
 
+    /// The same without zero points.
+    #[must_use]
+    pub fn symmetric(self) -> Self {
+        Self { symmetric: true, float_zeros: false, ..self }
+    }
+
     /// The same in the largest blocks, of its own size or less, that suit; none if none do. What a checkpoint stores keeps
     /// its blocks.
     #[must_use]

@@ -90,3 +90,34 @@ fn genai_generates_the_expected_tokens() -> TestResult {
     }
     Ok(())
 }
+
+/// Cases of which a row in a batch is not the row alone in transformers either: the longest row decides for all when
+/// longrope switches, and Llama 4 scales queries by their place in the cache.
+const BY_BATCH: [&str; 2] = ["phi3-longrope", "llama4_text"];
+
+/// True of a case with a layer that sees a part of what lies before it.
+fn looks_back_a_part(case: &Case) -> TestResult<bool> {
+    let config = hf2onnx::read::json_file(&case.dir.join("config.json"))?;
+    let template = hf2onnx::describe::choose(&config, case.template().as_deref())?;
+    let spec = hf2onnx::describe::describe(&template, &config, &[])?.spec;
+    Ok(spec.layers.iter().any(|layer| layer.attention.window.is_some() || layer.attention.chunk.is_some()))
+}
+
+/// In onnxruntime-genai a row of a ragged batch gives what it gives alone, whatever windows its layers have.
+#[test]
+fn genai_runs_ragged_batches_of_windowed_models() -> TestResult {
+    let place = tempfile::tempdir_in(common::scratch())?;
+    let mut folders = Vec::new();
+    for case in cases()?.into_iter().filter(|case| !BY_BATCH.contains(&case.name.as_str())) {
+        if looks_back_a_part(&case)? {
+            for target in TARGETS {
+                let output = place.path().join(format!("{}-{target}", case.name));
+                build(&case.repo()?, &output, target, case.template().as_deref())?;
+                folders.push(output);
+            }
+        }
+    }
+    assert!(folders.len() >= 50, "{} directories", folders.len());
+    let folders: Vec<&Path> = folders.iter().map(AsRef::as_ref).collect();
+    python::run("check_ragged.py", &folders).map(drop)
+}

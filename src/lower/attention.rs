@@ -24,6 +24,15 @@ pub(super) struct Operands {
     pub(super) rotation: Option<([ValueId; 2], RopeLayout)>,
 }
 
+/// Which places of the cache `GroupQueryAttention` sees, beside what its attributes say.
+#[derive(Clone, Copy)]
+pub(super) struct Places {
+    /// The place of each row's last token, `[B]` in int32.
+    pub(super) last: ValueId,
+    /// Added to the scores, `[B, 1 or N, S, T]`; nothing where rows stand without gaps from the first place on.
+    pub(super) bias: Option<ValueId>,
+}
+
 impl Operands {
     fn new(op: &AttentionOp, operands: &[ValueId]) -> Result<Self> {
         let mut rest = operands.iter().copied();
@@ -109,12 +118,32 @@ impl Lowerer<'_> {
         if let Some(reason) = unfit(op) {
             return Ok(Form::Refused(reason));
         }
-        let (last, bias) = self.kept_places(op, &operands)?;
-        self.call_group_query(op, operands, last, bias).map(Form::Done)
+        self.with_window(op, operands, |s, places| s.call_group_query(op, operands, places)).map(Form::Done)
     }
 
-    /// The place of each row's last token `[B]`, and the bias that hides padding.
-    pub(super) fn kept_places(&mut self, op: &AttentionOp, operands: &Operands) -> Result<(ValueId, Option<ValueId>)> {
+    /// Writes an attention whose window counts tokens. The operator's own counts places of the cache, which is the same
+    /// where no window of a new token has a gap among its tokens, and far cheaper behind a long past: it leaves out what
+    /// it does not see. Clients that pad on the right and go on behind the padding make such gaps; then the window is in
+    /// the bias.
+    pub(super) fn with_window(
+        &mut self,
+        op: &AttentionOp,
+        operands: Operands,
+        write: impl FnOnce(&mut Self, Places) -> Result<Vec<ValueId>>,
+    ) -> Result<Vec<ValueId>> {
+        let places = self.kept_places(op, &operands)?;
+        let (Some(window), Some(_)) = (op.window, places.bias) else { return write(self, places) };
+        let whole = self.windows_are_whole(window)?;
+        self.total_sequence_length()?;
+        let by_place = self.branch("then_branch", "window_by_place", |s| write(s, places))?;
+        let unlimited = AttentionOp { window: None, ..*op };
+        let by_token =
+            self.branch("else_branch", "window_by_token", |s| s.call_group_query(&unlimited, operands, places))?;
+        self.e.choose(whole, [by_place, by_token])
+    }
+
+    /// The place of each row's last token, and the bias that hides padding.
+    fn kept_places(&mut self, op: &AttentionOp, operands: &Operands) -> Result<Places> {
         let bias = self.attention_bias(op, operands.bias, self.e.ty(operands.query).element)?;
         let last = if bias.is_none() {
             self.seqlens()?
@@ -122,7 +151,7 @@ impl Lowerer<'_> {
             let last = self.last_kept()?;
             self.share("mask/seqlens_k", |s| s.e.cast(last, ElementType::I32))?
         };
-        Ok((last, bias))
+        Ok(Places { last, bias })
     }
 
     /// Tokens in the cache and new ones together, as the operator takes it.
@@ -137,15 +166,14 @@ impl Lowerer<'_> {
             return Ok(Form::Refused(reason.clone()));
         }
         let last = self.seqlens()?;
-        self.call_group_query(op, operands, last, None).map(Form::Done)
+        self.call_group_query(op, operands, Places { last, bias: None }).map(Form::Done)
     }
 
     pub(super) fn call_group_query(
         &mut self,
         op: &AttentionOp,
         operands: Operands,
-        last: ValueId,
-        bias: Option<ValueId>,
+        Places { last, bias }: Places,
     ) -> Result<Vec<ValueId>> {
         let total = self.total_sequence_length()?;
         let mut call = Operator::microsoft("GroupQueryAttention")
@@ -197,7 +225,7 @@ impl Lowerer<'_> {
         }
     }
 
-    /// What `GroupQueryAttention` is not told by its attributes, `[B, 1 or N, S, T]`.
+    /// What `GroupQueryAttention` is not told by its attributes, `[B, 1 or N, S, T]`: its window too, where that has gaps.
     fn attention_bias(
         &mut self,
         op: &AttentionOp,
@@ -210,8 +238,11 @@ impl Lowerer<'_> {
         if self.options.padding == Padding::Right && op.alibi.is_none() {
             return Ok(None);
         }
-        let padding = self.padding_bias(element)?;
-        self.with_alibi(op, padding, element).map(Some)
+        let bias = match op.window {
+            Some(window) => self.padding_or_window_bias(op, window, element)?,
+            None => self.padding_bias(element)?,
+        };
+        self.with_alibi(op, bias, element).map(Some)
     }
 
     /// `Attention` of ONNX 23. All visibility is in an additive float mask: clients differ in how they read

@@ -8,13 +8,13 @@
 //! tokens that is computed so takes 1.7 times the time and 2.2 GB, so it is not. Heads that have keys of their own take 1.1
 //! to 1.2 times the time.
 
-use super::attention::{Operands, unfit};
+use super::attention::{Operands, Places, unfit};
 use super::masks::masked;
 use super::{Form, Lowerer, Operator};
 use crate::build::AttentionOp;
 use crate::element::ElementType;
 use crate::error::Result;
-use crate::graph::{Branch, ValueId};
+use crate::graph::ValueId;
 
 /// The form of an attention in two branches.
 pub(super) const FORM: &str = "GroupQueryAttention.by_length";
@@ -25,8 +25,11 @@ impl Lowerer<'_> {
         if let Some(reason) = unfit(op).or_else(|| one_way(op, self.e.ty(operands.query).element)) {
             return Ok(Form::Refused(reason));
         }
+        self.with_window(op, operands, |s, places| s.branches_by_length(op, operands, places)).map(Form::Done)
+    }
+
+    fn branches_by_length(&mut self, op: &AttentionOp, operands: Operands, places: Places) -> Result<Vec<ValueId>> {
         // What both branches read stands before them.
-        let (last, bias) = self.kept_places(op, &operands)?;
         self.total_sequence_length()?;
         let (single, sinks) =
             (self.single_token()?, self.e.filled(ElementType::F32, op.heads, masked(ElementType::F32)));
@@ -38,26 +41,10 @@ impl Lowerer<'_> {
                 s.siblings.like(query, operands.query);
             }
             let unscaled = AttentionOp { scale: 1.0, ..*op };
-            s.call_group_query(&unscaled, Operands { query, sinks: Some(sinks), ..operands }, last, bias)
+            s.call_group_query(&unscaled, Operands { query, sinks: Some(sinks), ..operands }, places)
         })?;
-        let several = self.branch("else_branch", "several_tokens", |s| s.call_group_query(op, operands, last, bias))?;
-        self.e.choose(single, [one, several]).map(Form::Done)
-    }
-
-    /// Nodes that run only if their branch is chosen; their names begin with `scope`.
-    fn branch(
-        &mut self,
-        name: &'static str,
-        scope: &str,
-        write: impl FnOnce(&mut Self) -> Result<Vec<ValueId>>,
-    ) -> Result<Branch<Operator>> {
-        let outside = self.e.enter("");
-        self.e.enter(&format!("{outside}/{scope}"));
-        let before = self.e.branch();
-        let results = write(self);
-        let nodes = self.e.leave(before);
-        self.e.enter(&outside);
-        Ok(Branch { name, nodes, results: results? })
+        let several = self.branch("else_branch", "several_tokens", |s| s.call_group_query(op, operands, places))?;
+        self.e.choose(single, [one, several])
     }
 
     /// True if each row has one new token.

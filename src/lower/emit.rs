@@ -105,6 +105,11 @@ impl Emitter {
         std::mem::replace(&mut self.graph.nodes, before)
     }
 
+    /// What the nodes since [`Self::branch`] compute.
+    pub(super) fn made(&self) -> impl Iterator<Item = ValueId> {
+        self.graph.nodes.iter().flat_map(|node| node.outputs.iter().flatten().copied())
+    }
+
     /// Adds an `If`, whose results are those of the first branch if the condition, one boolean, is true, else of the
     /// second.
     pub(super) fn choose(&mut self, condition: ValueId, branches: [Branch<Operator>; 2]) -> Result<Vec<ValueId>> {

@@ -70,7 +70,6 @@ pub(super) fn infer(op: &Operator, operands: &[Option<Operand>]) -> Result<Vec<I
         "ReduceSum" | "ReduceMax" | "ReduceMean" => {
             typed(x.ty.element, reduce(op, x, operands.get(1).copied().flatten())?)
         }
-        "ArgMax" => typed(ElementType::I64, reduce_axes(op, &x.ty.shape, &[op.get_int("axis").unwrap_or(0)])?),
         "TopK" => top_k(op, x, get(1)?)?,
         "SkipSimplifiedLayerNormalization" | "SkipLayerNormalization" => (0..4).flat_map(|_| same()).collect(),
         "Attention" => attention(op, x, operands)?,

@@ -1,13 +1,15 @@
 //! Masks and lengths, which all layers share.
 //!
-//! Visibility goes by place in the cache, as in transformers: query `i` sees key `j` when `j <= i`, when
-//! `j > i - window`, and when `attention_mask` keeps `j`. A query always sees itself, so that no row of a
-//! softmax is empty; rows of padding are nobody's result.
+//! Order goes by place in the cache, distance by token: query `i` sees key `j` when `j <= i`, when `attention_mask` keeps
+//! `j`, and when `j` is one of the last `window` tokens up to `i`. transformers measures distance by place, which is the
+//! same as long as padding lies before or behind a row's tokens; where it lies among them (onnxruntime-genai pads on the
+//! right and goes on behind the padding), only tokens give each row what it has alone. A query always sees itself, so that
+//! no row of a softmax is empty; rows of padding are nobody's result.
 
 use super::{Lowerer, Operator};
 use crate::build::AttentionOp;
 use crate::element::ElementType;
-use crate::error::Result;
+use crate::error::{Code, Error, Result};
 use crate::graph::ValueId;
 use crate::spec::Alibi;
 
@@ -99,6 +101,55 @@ impl Lowerer<'_> {
         })
     }
 
+    /// How many tokens stand before each place of a row, `[B, T]`: for a token its number, from 0 on.
+    fn token_number(&mut self) -> Result<ValueId> {
+        self.share("mask/token_number", |s| {
+            let (mask, axis) = (s.input("attention_mask")?, s.e.int(1));
+            s.e.add(Operator::new("CumSum").int("exclusive", 1), &[mask, axis])
+        })
+    }
+
+    /// The numbers of keys `[B, 1, 1, T]` and of queries `[B, 1, S, 1]`.
+    fn key_and_query_number(&mut self) -> Result<[ValueId; 2]> {
+        let (number, bounds) = (self.token_number()?, self.new_tokens()?);
+        let key = self.share("mask/key_number", |s| {
+            let axes = s.e.ints(&[1, 2]);
+            s.e.add(Operator::new("Unsqueeze"), &[number, axes])
+        })?;
+        let query = self.share("mask/query_number", |s| {
+            let number = s.of_new_tokens(number, bounds)?;
+            let axes = s.e.ints(&[1, 3]);
+            s.e.add(Operator::new("Unsqueeze"), &[number, axes])
+        })?;
+        Ok([key, query])
+    }
+
+    /// True if the last `window` places of every new token hold as many tokens as they can: no padding lies among
+    /// tokens there. One boolean for all rows.
+    pub(super) fn windows_are_whole(&mut self, window: usize) -> Result<ValueId> {
+        let (number, bounds) = (self.token_number()?, self.new_tokens()?);
+        self.share(&format!("mask/whole_{window}"), |s| {
+            let [past, total] = bounds;
+            let before = i64::try_from(window).unwrap_or(i64::MAX) - 1;
+            let (zero, one, before) = (s.e.int(0), s.e.int(1), s.e.int(before));
+            let places = s.e.add(Operator::new("Range"), &[past, total, one])?;
+            let starts = s.e.add(Operator::new("Sub"), &[places, before])?;
+            let starts = s.e.add(Operator::new("Max"), &[starts, zero])?;
+            // Tokens before each new one `[B, S]`: those that its window has, and those that it can have.
+            let new = s.of_new_tokens(number, bounds)?;
+            let outside = s.e.add(Operator::new("Gather").int("axis", 1), &[number, starts])?;
+            let inside = s.e.add(Operator::new("Sub"), &[new, outside])?;
+            let most = s.e.add(Operator::new("Min"), &[new, before])?;
+            let gap = s.e.add(Operator::new("Sub"), &[most, inside])?;
+            // Padding among the new places sees what it may.
+            let mask = s.input("attention_mask")?;
+            let kept = s.of_new_tokens(mask, bounds)?;
+            let gap = s.e.add(Operator::new("Mul"), &[gap, kept])?;
+            let widest = s.reduce("ReduceMax", gap, &[0, 1], false)?;
+            s.e.add(Operator::new("Equal"), &[widest, zero])
+        })
+    }
+
     /// Which keys are tokens, `[B, 1, 1, T]`
     fn kept(&mut self) -> Result<ValueId> {
         self.share("mask/kept", |s| {
@@ -116,6 +167,7 @@ impl Lowerer<'_> {
         self.share(&format!("mask/{element}/{:?}/{:?}", op.window, op.chunk), |s| {
             let mut visible = s.e.add(Operator::new("LessOrEqual"), &[key, query])?;
             if let Some(window) = op.window {
+                let [key, query] = s.key_and_query_number()?;
                 let window = s.e.int(i64::try_from(window).unwrap_or(i64::MAX));
                 let before = s.e.add(Operator::new("Sub"), &[query, window])?;
                 let near = s.e.add(Operator::new("Greater"), &[key, before])?;
@@ -131,24 +183,13 @@ impl Lowerer<'_> {
         })
     }
 
-    /// Which keys lie in the query's block; blocks are counted from each row's first kept token, `[B, 1, S, T]`
+    /// Which keys lie in the query's block of so many tokens, `[B, 1, S, T]`
     fn same_block(&mut self, chunk: usize) -> Result<ValueId> {
-        let (key, query) = (self.key_index()?, self.query_index()?);
+        let [key, query] = self.key_and_query_number()?;
         self.share(&format!("mask/block_{chunk}"), |s| {
-            let mask = s.input("attention_mask")?;
-            let largest = Operator::new("ArgMax").int("axis", 1).int("keepdims", 1);
-            let integers = [Some(ElementType::I64)];
-            // Zeros and ones are the same numbers in float32, for a provider that has no kernel for integers.
-            let mask = if s.e.runs(&largest, &integers, &integers) { mask } else { s.e.cast(mask, ElementType::F32)? };
-            let first = s.e.add(largest, &[mask])?;
-            let (axes, size) = (s.e.ints(&[1, 2]), s.e.int(i64::try_from(chunk).unwrap_or(i64::MAX)));
-            // [B, 1] -> [B, 1, 1, 1]
-            let first = s.e.add(Operator::new("Unsqueeze"), &[first, axes])?;
-            let block = |s: &mut Self, index| {
-                let place = s.e.add(Operator::new("Sub"), &[index, first])?;
-                s.e.add(Operator::new("Div"), &[place, size])
-            };
-            let (key, query) = (block(s, key)?, block(s, query)?);
+            let size = s.e.int(i64::try_from(chunk).unwrap_or(i64::MAX));
+            let key = s.e.add(Operator::new("Div"), &[key, size])?;
+            let query = s.e.add(Operator::new("Div"), &[query, size])?;
             s.e.add(Operator::new("Equal"), &[key, query])
         })
     }
@@ -199,6 +240,23 @@ impl Lowerer<'_> {
             let shape = s.e.add(Operator::new("Concat").int("axis", 0), &[one, one, new, one])?;
             // [B, 1, 1, T] -> [B, 1, S, T]
             s.e.add(Operator::new("Expand"), &[bias, shape])
+        })
+    }
+
+    /// The padding alone where an operator's own window will do, else the whole mask; only what is chosen is computed.
+    pub(super) fn padding_or_window_bias(
+        &mut self,
+        op: &AttentionOp,
+        window: usize,
+        element: ElementType,
+    ) -> Result<ValueId> {
+        let whole = self.windows_are_whole(window)?;
+        self.share(&format!("mask/padding_or_window_{window}_{element}"), |s| {
+            let padding = s.branch("then_branch", "padding", |s| Ok(vec![s.padding_bias(element)?]))?;
+            let window = s.branch("else_branch", "window", |s| Ok(vec![s.score_mask(op, element)?]))?;
+            let chosen = s.e.choose(whole, [padding, window])?;
+            let lost = || Error::new(Code::SpecInvalid, "mask").found("a choice without a result");
+            chosen.first().copied().ok_or_else(lost)
         })
     }
 

@@ -29,13 +29,14 @@ pub use cache::{Cache, CacheScales};
 pub use link::Stored;
 pub use onnx_graph::{Attribute, Constant, MICROSOFT, Onnx, Operator, Part, Quantized};
 pub use quantized::Precision;
+pub use rope::{Frequencies, frequencies};
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use crate::build::{Composite, Kind, Model};
 use crate::element::ElementType;
 use crate::error::{Code, Error, Result};
-use crate::graph::{Dim, Graph, Node, Shape, Source, Type, ValueId};
+use crate::graph::{Branch, Dim, Graph, Node, Shape, Source, Type, ValueId};
 use crate::opset::{Positions, Target};
 use crate::weight::Weight;
 use emit::Emitter;
@@ -125,12 +126,13 @@ pub fn lower(model: &Graph<Model>, options: &Options) -> Result<Lowered> {
         options: *options,
         values: HashMap::new(),
         named: HashSet::new(),
-        shared: HashMap::new(),
+        shared: vec![HashMap::new()],
         notes: BTreeMap::new(),
         refused: BTreeMap::new(),
         order_kept: None,
         inside: Inside::default(),
         siblings: Siblings::default(),
+        tables: Lowerer::tables(model),
     };
     lowerer.order_kept = lowerer.keeps_order(model)?;
     lowerer.inside = lowerer.rotations_inside(model)?;
@@ -171,8 +173,9 @@ struct Lowerer<'s> {
     values: HashMap<ValueId, ValueId>,
     /// Lowered values that carry the name of one in the model's graph.
     named: HashSet<ValueId>,
-    /// Values that many nodes share, such as masks, by what they are.
-    shared: HashMap<String, ValueId>,
+    /// Values that many nodes share, such as masks, by what they are; of the graph first, then of each branch that is
+    /// being written, whose values nothing outside of it can read.
+    shared: Vec<HashMap<String, ValueId>>,
     notes: BTreeMap<(String, String, String), Note>,
     /// Why an operator did not take the integers of a parameter.
     refused: BTreeMap<String, String>,
@@ -182,6 +185,8 @@ struct Lowerer<'s> {
     inside: Inside,
     /// Products that are computed as one.
     siblings: Siblings,
+    /// Tables of which rows are read, by parameter, and their columns.
+    tables: BTreeMap<String, usize>,
 }
 
 /// The input that says where new tokens stand.
@@ -480,16 +485,55 @@ impl Lowerer<'_> {
         found.copied().ok_or_else(|| Error::new(Code::SpecInvalid, name).found("no graph input of this name"))
     }
 
+    /// Nodes that run only if their branch is chosen; their names begin with `scope`. What they share stays among them.
+    fn branch(
+        &mut self,
+        name: &'static str,
+        scope: &str,
+        write: impl FnOnce(&mut Self) -> Result<Vec<ValueId>>,
+    ) -> Result<Branch<Operator>> {
+        let outside = self.e.enter("");
+        self.e.enter(&format!("{outside}/{scope}"));
+        let before = self.e.branch();
+        self.shared.push(HashMap::new());
+        let results = write(self).and_then(|results| self.made_here(results));
+        self.shared.pop();
+        let nodes = self.e.leave(before);
+        self.e.enter(&outside);
+        Ok(Branch { name, nodes, results: results? })
+    }
+
+    /// Results of the branch that is being written: what was computed before it is no result of its nodes.
+    fn made_here(&mut self, results: Vec<ValueId>) -> Result<Vec<ValueId>> {
+        let made: HashSet<ValueId> = self.e.made().collect();
+        let own = |s: &mut Self, id| {
+            if made.contains(&id) { Ok(id) } else { s.e.add(Operator::new("Identity"), &[id]) }
+        };
+        results.into_iter().map(|id| own(self, id)).collect()
+    }
+
     /// A value that is computed once, under a scope of its own, whoever asks for it first.
     fn share(&mut self, what: &str, write: impl FnOnce(&mut Self) -> Result<ValueId>) -> Result<ValueId> {
-        if let Some(known) = self.shared.get(what) {
-            return Ok(*known);
+        if let Some(known) = self.known(what) {
+            return Ok(known);
         }
         let scope = self.e.enter(&format!("/model/{}", what.split('/').next().unwrap_or(what)));
         let value = write(self);
         self.e.enter(&scope);
         let value = value?;
-        self.shared.insert(what.to_owned(), value);
-        Ok(value)
+        Ok(self.keep(what, value))
+    }
+
+    /// A shared value that can be read here.
+    fn known(&self, what: &str) -> Option<ValueId> {
+        self.shared.iter().find_map(|known| known.get(what)).copied()
+    }
+
+    /// Shares a value with what follows here.
+    fn keep(&mut self, what: &str, value: ValueId) -> ValueId {
+        if let Some(innermost) = self.shared.last_mut() {
+            innermost.insert(what.to_owned(), value);
+        }
+        value
     }
 }

@@ -125,12 +125,14 @@ impl Lowerer<'_> {
         let second = self.integers(&down.0, &down.1, &scheme, &Weight::source(&down.0), Layout::Rows);
         let first_bias = self.extended_bias(model, operands, rows)?;
         let down_bias = operands.down.bias.map(|bias| self.value(model, bias)).transpose()?;
-        let call = call
-            .int("expert_weight_bits", scheme.bits().into())
-            .size("block_size", scheme.block_size())
-            .string("quant_type", "int")
-            .int("accuracy_level", self.accuracy_level())
-            .int("weights_prepacked", 0);
+        let mut call = call.int("expert_weight_bits", scheme.bits().into()).size("block_size", scheme.block_size());
+        // Attributes that releases before 1.31 do not have stand only where they say something.
+        if self.experts_accuracy_level() != 0 {
+            call = call.int("accuracy_level", self.experts_accuracy_level());
+        }
+        if self.options.target.limits("QMoE").packed {
+            call = call.int("weights_prepacked", 0);
+        }
         let element = self.e.ty(operands.x).element;
         let (scales, scales2) = (self.e.cast(first.scales, element)?, self.e.cast(second.scales, element)?);
         let weights = [Some(first.data), Some(scales), first_bias, Some(second.data), Some(scales2), down_bias];
@@ -155,7 +157,7 @@ impl Lowerer<'_> {
         if scheme.bits() == 2 || scheme.has_float_zeros() {
             return Err("the operator has no kernel for 2 bits, nor for float zero points".to_owned());
         }
-        if scheme.bits() == 8 && (1..4).contains(&self.accuracy_level()) {
+        if scheme.bits() == 8 && (1..4).contains(&self.experts_accuracy_level()) {
             return Err("with 8 bits its kernel rounds activations to 8 bits, whatever is asked".to_owned());
         }
         Ok(scheme)
@@ -270,14 +272,13 @@ impl Lowerer<'_> {
     /// The weights of all experts, 0 for those that were not chosen, `[B, S, E]`.
     fn dense_weights(&mut self, op: &MoeOp, operands: &Operands) -> Result<ValueId> {
         let name = self.e.graph.value(operands.logits).name.clone();
-        if let Some(known) = self.shared.get(&name) {
-            return Ok(*known);
+        if let Some(known) = self.known(&name) {
+            return Ok(known);
         }
         let (chosen, weights) = self.route(op, operands)?;
         let none = self.filled_like(operands.logits, 0.0)?;
         let weights = self.e.add(Operator::new("ScatterElements").int("axis", -1), &[none, chosen, weights])?;
-        self.shared.insert(name, weights);
-        Ok(weights)
+        Ok(self.keep(&name, weights))
     }
 
     fn split_pair(&mut self, x: ValueId, first: usize, second: usize) -> Result<[ValueId; 2]> {

@@ -5,11 +5,11 @@ use std::sync::Arc;
 
 use super::onnx_graph::{Part, Quantized};
 use super::{Form, Lowerer, Operator};
-use crate::build::Model;
+use crate::build::{Composite, Model};
 use crate::element::ElementType;
 use crate::error::Result;
-use crate::graph::{Dim, Graph, Type, ValueId};
-use crate::quantize::{ScaleType, Scheme};
+use crate::graph::{Dim, Graph, Node, Type, ValueId};
+use crate::quantize::{Algorithm, ScaleType, Scheme};
 use crate::weight::Weight;
 
 /// Which matrices a graph holds as integers.
@@ -21,6 +21,8 @@ pub struct Precision {
     pub orders: BTreeMap<String, Arc<[i32]>>,
     /// `accuracy_level` of `MatMulNBits`: 4 quantises activations to 8 bits, 1 computes in float32, 0 leaves it open.
     pub accuracy_level: i64,
+    /// The same of `QMoE`, which has the attribute only from release 1.31 on: 0 leaves it out.
+    pub experts_accuracy_level: i64,
 }
 
 /// The initializers of a quantised matrix `[.., N, K]`.
@@ -44,9 +46,23 @@ pub(super) enum Layout {
 }
 
 impl Lowerer<'_> {
-    /// The scheme of a parameter, if it is quantised.
+    /// The scheme of a parameter, if it is quantised. The operator that reads rows of tables is wrong up to release 1.26
+    /// where the zero points of a row end within a byte, so tables have none that do.
     pub(super) fn scheme(&self, name: &str) -> Option<Scheme> {
-        self.options.precision.and_then(|precision| precision.schemes.get(name)).copied()
+        let scheme = self.options.precision.and_then(|precision| precision.schemes.get(name)).copied()?;
+        Some(self.tables.get(name).map_or(scheme, |columns| with_whole_zero_bytes(scheme, *columns)))
+    }
+
+    /// Tables of which rows are read, and their columns.
+    pub(super) fn tables(model: &Graph<Model>) -> BTreeMap<String, usize> {
+        let table = |node: &Node<Composite>| match (&node.op, node.inputs.as_slice()) {
+            (Composite::Embed, [_, Some(table), ..]) => {
+                let (name, shape) = named(model, *table);
+                Some((name, shape.last().copied().unwrap_or(0)))
+            }
+            _ => None,
+        };
+        model.nodes.iter().filter_map(table).collect()
     }
 
     /// Which input each column of a parameter's integers is for, if that is not its own.
@@ -59,12 +75,11 @@ impl Lowerer<'_> {
         let Some(order) = self.order(name) else { return Ok(x) };
         let indices = self.e.indices(&order);
         let what = format!("in_order/{x:?}/{indices:?}");
-        if let Some(known) = self.shared.get(&what) {
-            return Ok(*known);
+        if let Some(known) = self.known(&what) {
+            return Ok(known);
         }
         let gathered = self.e.add(Operator::new("Gather").int("axis", -1), &[x, indices])?;
-        self.shared.insert(what, gathered);
-        Ok(gathered)
+        Ok(self.keep(&what, gathered))
     }
 
     /// A form that does not take the integers of these parameters, as far as they have any.
@@ -73,6 +88,11 @@ impl Lowerer<'_> {
         let named: Vec<_> = named.map(|name| ((*name).to_owned(), reason.clone())).collect();
         self.refused.extend(named);
         Form::Refused(reason)
+    }
+
+    /// How experts with integers are computed.
+    pub(super) fn experts_accuracy_level(&self) -> i64 {
+        self.options.precision.map_or(0, |precision| precision.experts_accuracy_level)
     }
 
     /// How products with integers are computed.
@@ -191,6 +211,9 @@ impl Lowerer<'_> {
                 "GatherBlockQuantized" if scheme.has_float_zeros() => {
                     "the operator takes no float zero points".to_owned()
                 }
+                "GatherBlockQuantized" if !has_whole_zero_bytes(&scheme, shape.last().copied().unwrap_or(0)) => {
+                    "the zero points of a row end within a byte, which releases up to 1.26 read wrong".to_owned()
+                }
                 "GatherBlockQuantized" if s.order(&name).is_some() => "its columns are permuted (act-order)".to_owned(),
                 "GatherBlockQuantized" => {
                     return s.gather_quantized(model, ids, (&name, &shape), &scheme).map(Form::Done);
@@ -264,7 +287,7 @@ impl Lowerer<'_> {
             }
             let columns = shape.last().copied().unwrap_or(0);
             let whole = |s: &Scheme| columns.is_multiple_of(s.block_size());
-            let bytes = |s: &Scheme| s.is_symmetric() || s.bits() != 4 || s.blocks(columns).is_multiple_of(2);
+            let bytes = |s: &Scheme| has_whole_zero_bytes(s, columns);
             let refusal = match scheme.in_blocks_that(|s| whole(s) && bytes(s)) {
                 None if !whole(scheme) => {
                     format!("{columns} columns are no whole number of blocks of {}", scheme.block_size())
@@ -289,6 +312,17 @@ impl Lowerer<'_> {
         operands.extend(parts.zero_points);
         self.e.add(op, &operands)
     }
+}
+
+/// True where the zero points of each row fill their bytes, or there are none.
+fn has_whole_zero_bytes(scheme: &Scheme, columns: usize) -> bool {
+    scheme.is_symmetric() || scheme.bits() != 4 || scheme.blocks(columns).is_multiple_of(2)
+}
+
+/// A scheme of which that is true: with smaller blocks, else without zero points. What a checkpoint stores stays.
+fn with_whole_zero_bytes(scheme: Scheme, columns: usize) -> Scheme {
+    let smaller = scheme.in_blocks_that(|scheme| has_whole_zero_bytes(scheme, columns));
+    smaller.unwrap_or_else(|| if scheme.algorithm() == Algorithm::Stored { scheme } else { scheme.symmetric() })
 }
 
 /// Why `MatMulNBits` does not read a scheme.

@@ -8,13 +8,31 @@ use crate::spec::{Rope, RopeScaling};
 
 /// Angles per position, one for each rotated pair.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) enum Frequencies {
+pub enum Frequencies {
     /// The same for every length.
     Fixed(Vec<f32>),
     /// One set for sequences up to a length, another beyond.
-    Switched { limit: usize, short: Vec<f32>, long: Vec<f32> },
+    Switched {
+        /// The last length of the first.
+        limit: usize,
+        /// Up to it.
+        short: Vec<f32>,
+        /// Beyond.
+        long: Vec<f32>,
+    },
     /// `base(length)^(-exponent)`: the base grows beyond a length.
-    Growing { limit: usize, factor: f64, theta: f64, exponents: Vec<f32>, power: f64 },
+    Growing {
+        /// The last length that does not change the base.
+        limit: usize,
+        /// How fast it grows.
+        factor: f64,
+        /// The base up to there.
+        theta: f64,
+        /// Of each pair.
+        exponents: Vec<f32>,
+        /// Of what the base is multiplied with.
+        power: f64,
+    },
 }
 
 impl Frequencies {
@@ -32,7 +50,7 @@ impl Frequencies {
 }
 
 /// The frequencies that a specification asks for.
-pub(super) fn frequencies(rope: &Rope) -> Frequencies {
+pub fn frequencies(rope: &Rope) -> Frequencies {
     let plain = inverse(rope, |_, frequency| frequency);
     match &rope.scaling {
         RopeScaling::Default => Frequencies::Fixed(plain),

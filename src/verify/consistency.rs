@@ -235,11 +235,11 @@ mod tests {
     fn a_right_decoder_is_consistent_and_a_wrong_one_is_not() {
         let report = verify(Fault::None, None);
         assert!(report.holds(), "{report}");
-        assert_eq!((report.kind, report.scenarios.len()), (Kind::Consistency, 6));
+        assert_eq!((report.kind, report.scenarios.len()), (Kind::Consistency, 7));
         let report = verify(Fault::IgnoresMask, None);
-        assert_eq!(report.failures(), ["batch-left", "batch-decode"], "{report}");
+        assert_eq!(report.failures(), ["batch-left", "batch-decode", "batch-decode-right"], "{report}");
         let report = verify(Fault::DoublesCache, None);
-        assert_eq!(report.failures(), ["decode", "chunks", "batch-decode", "greedy"], "{report}");
+        assert_eq!(report.failures(), ["decode", "chunks", "batch-decode", "batch-decode-right", "greedy"], "{report}");
         // The embedding is the toy's only hidden state, and it is right: opened in memory, with its weights beside it.
         let divergence = report.divergence.unwrap();
         assert!(divergence.message.contains("in decode every hidden state agrees"), "{}", divergence.message);
@@ -249,7 +249,7 @@ mod tests {
     fn another_lowering_is_compared_scenario_by_scenario() {
         let report = verify(Fault::None, Some(Fault::None));
         assert!(report.holds(), "{report}");
-        assert_eq!(report.scenarios.iter().filter(|s| s.against == "primitive").count(), 7);
+        assert_eq!(report.scenarios.iter().filter(|s| s.against == "primitive").count(), 8);
         let report = verify(Fault::None, Some(Fault::DoublesCache));
         let prefill = report.scenarios.iter().find(|s| s.scenario == "prefill, primitive").unwrap();
         assert_eq!(prefill.verdict, Verdict::Holds);

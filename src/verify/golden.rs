@@ -47,7 +47,7 @@ pub fn against_golden(model: &Path, golden: &Golden, options: &Options) -> Resul
     let (scenarios, note) = promised(model);
     report.notes.extend(note);
     for scenario in scenarios.iter().copied() {
-        let (allowed, note) = bars.of_scenario(scenario.name());
+        let (allowed, note) = bars.of_scenario(scenario.recorded_as());
         let outcome = check(&mut decoder, golden, &reference, &prompt, scenario, allowed);
         let outcome = outcome.unwrap_or_else(|e| failed(scenario.name(), "golden", &e));
         report.scenarios.push(outcome.with_note(note));
@@ -93,8 +93,8 @@ fn check(
             outcome.note = Some("compared with the reference's cached run, which differs from its full pass".into());
             return Ok(outcome);
         }
-    } else if scenario == Scenario::BatchDecode && cached_differs && full.is_some_and(|f| !allowed.admits(&f)) {
-        return check_row_of_batch(decoder, prompt, &got, allowed);
+    } else if cached_differs && full.is_some_and(|f| !allowed.admits(&f)) && scenario.decodes_batch() {
+        return check_row_of_batch(decoder, prompt, (scenario, &got), allowed);
     }
     Ok(judged(scenario.name(), "golden", full, allowed))
 }
@@ -105,10 +105,15 @@ fn closer(this: &Comparison, that: &Comparison) -> bool {
 
 /// A cached batch of a model whose cached run differs from its full pass has no reference in the golden.
 /// What must hold all the same: the first row, which has no padding, comes out as it does alone in the same pieces.
-fn check_row_of_batch(decoder: &mut Decoder, prompt: &Prompt, got: &Logits, allowed: Allowed) -> Result<Outcome> {
-    let alone = super::scenario::run_in_pieces_alone(decoder, prompt, Scenario::BatchDecode)?;
+fn check_row_of_batch(
+    decoder: &mut Decoder,
+    prompt: &Prompt,
+    (scenario, got): (Scenario, &Logits),
+    allowed: Allowed,
+) -> Result<Outcome> {
+    let alone = super::scenario::run_in_pieces_alone(decoder, prompt, scenario)?;
     let comparison = compare_rows(got, &alone.logits, prompt, 1);
-    let mut outcome = judged(Scenario::BatchDecode.name(), "own first row", comparison, allowed);
+    let mut outcome = judged(scenario.name(), "own first row", comparison, allowed);
     outcome.note = Some(
         "the reference's cached run differs from its full pass, and the golden has none for a batch: \
                          the first row is compared with its own run alone"
@@ -247,11 +252,11 @@ mod tests {
         let golden = toy(folder.path(), Fault::None);
         let report = against_golden(folder.path(), &golden, &options()).unwrap();
         assert!(report.holds(), "{report}");
-        assert_eq!((report.kind, report.scenarios.len()), (Kind::Golden, 7));
+        assert_eq!((report.kind, report.scenarios.len()), (Kind::Golden, 8));
 
         let golden = toy(folder.path(), Fault::IgnoresMask);
         let report = against_golden(folder.path(), &golden, &options()).unwrap();
-        assert_eq!(report.failures(), ["batch-left", "batch-decode"], "{report}");
+        assert_eq!(report.failures(), ["batch-left", "batch-decode", "batch-decode-right"], "{report}");
     }
 
     /// The report on a toy that says it holds its weights in float16, and whose golden is off by 1e-3 of the largest logit.
@@ -316,6 +321,7 @@ mod tests {
         assert_eq!(of("decode"), ("golden, cached", Verdict::Holds));
         assert_eq!(of("chunks"), ("golden, cached", Verdict::Holds));
         assert_eq!(of("batch-decode"), ("own first row", Verdict::Holds));
+        assert_eq!(of("batch-decode-right"), ("own first row", Verdict::Holds));
         assert_eq!(of("greedy"), ("golden", Verdict::Holds));
     }
 }
