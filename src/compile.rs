@@ -262,8 +262,8 @@ impl Written {
     }
 
     /// Records how far the model was verified.
-    pub fn verified(&mut self, report: Value) -> Result<()> {
-        self.manifest.verified = Some(report);
+    pub fn record_verification(&mut self, report: Value) -> Result<()> {
+        self.manifest.verification = Some(report);
         self.write_manifest()
     }
 

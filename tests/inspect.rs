@@ -75,7 +75,7 @@ fn a_built_directory_by_its_record() -> TestResult {
     build(&Case::named("llama")?.repo()?, &output, "standard", None)?;
     let ran = hf2onnx([Path::new("inspect"), &output])?;
     let text = String::from_utf8(ran.stdout)?;
-    for part in ["with the template llama", "standard", "verified      no", "pairs (i, i + half)", "sha256"] {
+    for part in ["with the template llama", "standard", "checked       no", "pairs (i, i + half)", "sha256"] {
         assert!(text.contains(part), "{part} in\n{text}");
     }
     let json = hf2onnx([Path::new("inspect"), &output, Path::new("--json")])?;

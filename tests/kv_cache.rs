@@ -321,6 +321,6 @@ fn the_command_line_measures_and_records() -> TestResult {
     let manifest: serde_json::Value = serde_json::from_slice(&fs::read(model.join("hf2onnx.json"))?)?;
     assert_eq!(manifest["kv_cache"]["type"], "int8");
     assert_eq!(manifest["kv_cache"]["calibration"]["tokens"], 600);
-    assert_eq!(manifest["verified"]["holds"], true);
+    assert_eq!(manifest["verification"]["holds"], true);
     Ok(())
 }

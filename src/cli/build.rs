@@ -316,7 +316,7 @@ impl Build {
         }
         let value =
             serde_json::to_value(&report).map_err(|e| Error::new(Code::VerificationFailed, "report").found(e))?;
-        written.verified(value)?;
+        written.record_verification(value)?;
         Ok(report)
     }
 
@@ -335,11 +335,8 @@ impl Build {
                 "output": self.output, "target": self.model.target.name, "model_type": spec.model_type,
                 "template": spec.template, "nodes": compiled.lowered.graph.nodes.len(),
                 "bytes": cost.written + cost.linked, "cost": cost, "linked": links.linked, "copied": copied,
-                "verified": report,
+                "verification": report,
             }));
-        }
-        if let Some(report) = report {
-            output.line(&report.to_string());
         }
         for (name, size, reason) in &links.copied {
             output.say(&format!("{name} ({}) was copied and not linked: {reason}", HumanBytes(*size)));
@@ -355,6 +352,10 @@ impl Build {
             self.model.target.name,
             weight_words(&cost),
         ));
+        // What the build is worth stands last.
+        if let Some(report) = report {
+            output.line(&report.to_string());
+        }
         Ok(())
     }
 

@@ -29,7 +29,7 @@ pub(super) struct Manifest {
     #[serde(skip_serializing_if = "Option::is_none")]
     kv_cache: Option<CacheRecord>,
     onnx: String,
-    pub(super) verified: Option<Value>,
+    pub(super) verification: Option<Value>,
     #[serde(skip_serializing_if = "Option::is_none")]
     hub: Option<hub::Source>,
     sources: Vec<FileHash>,
@@ -99,7 +99,7 @@ impl Manifest {
                 Weights::Link { .. } => "link",
             },
             onnx: format!("onnx/{}", compiled.file_name(options)),
-            verified: None,
+            verification: None,
             hub: hub::source(&compiled.repository.dir),
             sources,
             outputs,

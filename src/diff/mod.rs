@@ -26,7 +26,7 @@ use model::Built;
 
 /// Fields of the record that say how it was made rather than what it is: reports and hashes of files that are compared
 /// themselves.
-const UNCOMPARED: [&str; 2] = ["verified", "outputs"];
+const UNCOMPARED: [&str; 2] = ["verification", "outputs"];
 
 /// The comparison of two built directories.
 #[derive(Debug, Serialize)]

@@ -45,21 +45,16 @@ impl Built {
         self.record.get(key).and_then(Value::as_array).map_or(&[], Vec::as_slice)
     }
 
-    /// How far it was verified, and against what.
-    fn verified(&self) -> String {
-        let report = self.record.get("verified").filter(|report| report.is_object());
+    /// How far it was checked, and against what.
+    fn checked(&self) -> String {
+        let report = self.record.get("verification").filter(|report| report.is_object());
         let Some(report) = report else {
             return "no: run `hf2onnx verify`, or build with --verify".to_owned();
         };
-        let text = |key: &str| report.get(key).and_then(Value::as_str);
-        let kind = match text("kind").or_else(|| text("verification")) {
-            Some("golden") => "yes, against a golden",
-            Some("consistency") => "for consistency only: there was no golden",
-            Some(_) | None => "yes",
-        };
+        let verdict = report.get("verdict").and_then(Value::as_str).unwrap_or("?");
         let scenarios = report.get("scenarios").and_then(Value::as_array).map(Vec::len);
         let count = scenarios.map_or_else(String::new, |count| format!(", in {count} scenarios"));
-        format!("{kind}{count}")
+        format!("{verdict}{count}")
     }
 }
 
@@ -80,7 +75,7 @@ impl fmt::Display for Built {
             ("dtype", self.text("dtype").to_owned()),
             ("padding", padding.to_owned()),
             ("logits", self.text("logits").to_owned()),
-            ("verified", self.verified()),
+            ("checked", self.checked()),
         ];
         for (label, key) in [("from", "sources"), ("wrote", "outputs")] {
             for file in self.list(key) {

@@ -30,6 +30,22 @@ impl Kind {
             Self::Consistency => "consistency",
         }
     }
+
+    /// What a report that holds says of the model: only a golden is the model's own code.
+    fn verdict(self) -> &'static str {
+        match self {
+            Self::Golden => "verified (golden)",
+            Self::Consistency => "self-consistent, not compared with the model's own code",
+        }
+    }
+
+    /// What the check is called.
+    fn check(self) -> &'static str {
+        match self {
+            Self::Golden => "golden verification",
+            Self::Consistency => "self-consistency",
+        }
+    }
 }
 
 /// How a check ended.
@@ -183,8 +199,9 @@ impl Report {
 
 impl Serialize for Report {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut s = serializer.serialize_struct("Report", 12)?;
+        let mut s = serializer.serialize_struct("Report", 13)?;
         s.serialize_field("kind", &self.kind)?;
+        s.serialize_field("verdict", &self.verdict())?;
         s.serialize_field("holds", &self.holds())?;
         s.serialize_field("model", &self.model)?;
         s.serialize_field("reference", &self.reference)?;
@@ -202,7 +219,7 @@ impl Serialize for Report {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "{} verification of {} ({})", self.kind.as_str(), self.model.display(), self.element)?;
+        writeln!(f, "{} of {} ({})", self.kind.check(), self.model.display(), self.element)?;
         if let Some(reference) = &self.reference {
             writeln!(f, "against {}", reference.display())?;
         }
@@ -239,16 +256,21 @@ impl fmt::Display for Report {
         if let Some(divergence) = &self.divergence {
             writeln!(f, "first divergence: {}", divergence.message)?;
         }
-        let kind = self.kind.as_str();
-        match self.failures().as_slice() {
-            [] if self.holds() => write!(f, "verified ({kind})"),
-            [] => write!(f, "not verified ({kind}): nothing could be compared"),
-            failed => write!(f, "not verified ({kind}): {}", failed.join(", ")),
-        }
+        f.write_str(&self.verdict())
     }
 }
 
 impl Report {
+    /// The report in a line.
+    pub fn verdict(&self) -> String {
+        let kind = self.kind;
+        match self.failures().as_slice() {
+            [] if self.holds() => kind.verdict().to_owned(),
+            [] => format!("not verified ({}): nothing could be compared", kind.as_str()),
+            failed => format!("not verified ({}): {}", kind.as_str(), failed.join(", ")),
+        }
+    }
+
     /// What float builds may be off by: one number, or those that were derived, scenario by scenario.
     fn write_allowed(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let derived: Vec<(&Outcome, Allowed)> = self.scenarios.iter().filter_map(|o| Some((o, o.allowed?))).collect();
@@ -383,6 +405,10 @@ mod tests {
         let lines: Vec<&str> = text.lines().collect();
         assert_eq!(lines[1].find("verdict"), lines[2].find("holds"), "{text}");
         assert!(text.ends_with("verified (golden)"));
+        let itself = Report { kind: Kind::Consistency, ..report(&[Verdict::Holds]) };
+        let (text, json) = (itself.to_string(), serde_json::to_value(&itself).unwrap());
+        assert!(text.ends_with("self-consistent, not compared with the model's own code"), "{text}");
+        assert!(!text.contains("verified") && !json.to_string().contains("verified"), "{text} {json}");
         let json = serde_json::to_value(report(&[Verdict::Fails])).unwrap();
         assert_eq!(json["holds"], false);
         assert_eq!(json["kind"], "golden");
