@@ -150,8 +150,11 @@ proptest! {
         let size = scheme.block_size();
         let plain = errors(&values, &plain, &weights, columns, size);
         let searched = errors(&values, &searched, &weights, columns, size);
-        for (plain, searched) in plain.into_iter().zip(searched) {
-            prop_assert!(searched <= plain * 1.0001, "{searched} after {plain}");
+        // Grids are compared by sums of squares in float32, which tells no errors apart that are nearer than its rounding.
+        let sums = errors(&values, &vec![0.0; values.len()], &weights, columns, size);
+        for ((plain, searched), sum) in plain.into_iter().zip(searched).zip(sums) {
+            let rounding = sum * f64::from(f32::EPSILON);
+            prop_assert!(searched <= plain * 1.0001 + rounding, "{searched} after {plain}, of {sum}");
         }
     }
 
