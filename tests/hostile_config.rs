@@ -61,30 +61,30 @@ fn sizes() {
         ("num_hidden_layers", json!(1_000_000), Code::SpecInvalid, "at most 4096"),
         ("num_hidden_layers", json!(u64::MAX), Code::ConfigInvalid, "num_hidden_layers"),
         ("num_hidden_layers", json!(0), Code::SpecInvalid, "0 layers"),
-        ("num_hidden_layers", json!(-1), Code::TemplateInvalid, "-1"),
-        ("num_hidden_layers", json!(1.5), Code::TemplateInvalid, "1.5"),
-        ("num_hidden_layers", json!("2"), Code::TemplateInvalid, "\"2\""),
-        ("num_hidden_layers", json!([2]), Code::TemplateInvalid, "layers"),
+        ("num_hidden_layers", json!(-1), Code::ConfigInvalid, "-1"),
+        ("num_hidden_layers", json!(1.5), Code::ConfigInvalid, "1.5"),
+        ("num_hidden_layers", json!("2"), Code::ConfigInvalid, "\"2\""),
+        ("num_hidden_layers", json!([2]), Code::ConfigInvalid, "layers"),
         ("hidden_size", json!(0), Code::SpecInvalid, "0"),
-        ("hidden_size", json!(-64), Code::TemplateInvalid, "-64"),
+        ("hidden_size", json!(-64), Code::ConfigInvalid, "-64"),
         ("hidden_size", huge.clone(), Code::SpecInvalid, "hidden_size"),
-        ("hidden_size", json!(1e300), Code::TemplateInvalid, "1e+300"),
-        ("hidden_size", json!({"a": 1}), Code::TemplateInvalid, "hidden_size"),
-        ("hidden_size", json!(true), Code::TemplateInvalid, "true"),
+        ("hidden_size", json!(1e300), Code::ConfigInvalid, "1e+300"),
+        ("hidden_size", json!({"a": 1}), Code::ConfigInvalid, "hidden_size"),
+        ("hidden_size", json!(true), Code::ConfigInvalid, "true"),
         ("vocab_size", huge.clone(), Code::SpecInvalid, "vocab_size"),
         ("intermediate_size", huge, Code::SpecInvalid, "intermediate_size"),
         ("intermediate_size", json!(i64::MIN), Code::ConfigInvalid, "intermediate_size"),
         ("num_attention_heads", json!(0), Code::SpecInvalid, "0 query heads"),
         ("num_attention_heads", json!(3), Code::SpecInvalid, "3 query heads"),
         ("num_attention_heads", json!(1 << 20), Code::SpecInvalid, "1048576 heads"),
-        ("num_key_value_heads", json!(-2), Code::TemplateInvalid, "-2"),
+        ("num_key_value_heads", json!(-2), Code::ConfigInvalid, "-2"),
         ("head_dim", json!(1 << 30), Code::SpecInvalid, "1073741824"),
         ("head_dim", json!(7), Code::SpecInvalid, "8 rotated elements of 7"),
-        ("rms_norm_eps", json!("small"), Code::TemplateInvalid, "small"),
+        ("rms_norm_eps", json!("small"), Code::ConfigInvalid, "small"),
         ("rms_norm_eps", json!(1e300), Code::SpecInvalid, "eps"),
         ("hidden_act", json!("x".repeat(70_000)), Code::ConfigInvalid, "hidden_act"),
-        ("hidden_act", json!("\u{1b}[31m"), Code::TemplateInvalid, "\\u{1b}"),
-        ("tie_word_embeddings", json!("yes"), Code::TemplateInvalid, "yes"),
+        ("hidden_act", json!("\u{1b}[31m"), Code::ConfigInvalid, "\\u{1b}"),
+        ("tie_word_embeddings", json!("yes"), Code::ConfigInvalid, "yes"),
         ("rope_theta", json!({"__float__": "NaN"}), Code::ConfigInvalid, "NaN"),
     ] {
         let head = if key == "num_attention_heads" { vec![("num_key_value_heads", json!(2))] } else { Vec::new() };
@@ -102,12 +102,7 @@ fn products_that_overflow() {
     refused("mixtral", &[("num_local_experts", json!(1_u64 << 40))], Code::SpecInvalid, &["experts"]);
     refused("mixtral", &[("num_local_experts", json!(1 << 20))], Code::SpecInvalid, &["1048576 experts"]);
     refused("mixtral", &[("num_experts_per_tok", json!(0))], Code::SpecInvalid, &["0 of"]);
-    refused(
-        "mixtral",
-        &[("hidden_size", json!([0])), ("head_dim", json!(16))],
-        Code::TemplateInvalid,
-        &["hidden_size"],
-    );
+    refused("mixtral", &[("hidden_size", json!([0])), ("head_dim", json!(16))], Code::ConfigInvalid, &["hidden_size"]);
 }
 
 #[test]

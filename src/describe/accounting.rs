@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::expression::mentions;
@@ -10,6 +10,7 @@ use super::rope;
 use super::template::Template;
 use crate::encoding::Keys;
 use crate::error::{Code, Error, Result};
+use crate::patterns::Patterns;
 
 /// What became of a configuration's keys.
 #[derive(Debug, Clone, Default, Serialize)]
@@ -46,7 +47,7 @@ impl Accounting {
 }
 
 /// Accounts for every key; a key counts as used when an expression of the template mentions it.
-pub(super) fn account(template: &Template, config: &Map<String, Value>, allowed: &[String]) -> Result<Accounting> {
+pub(super) fn account(template: &Template, config: &Map<String, Value>, allowed: &Patterns) -> Result<Accounting> {
     let mut mentioned: BTreeSet<String> = BTreeSet::new();
     for expression in template.expressions() {
         mentioned.extend(mentions(&expression));
@@ -56,18 +57,76 @@ pub(super) fn account(template: &Template, config: &Map<String, Value>, allowed:
         mentioned.insert("original_max_position_embeddings".to_owned());
     }
     let mut accounting = Accounting::default();
+    let mut unknown = Vec::new();
     for (key, value) in flat_keys(config, &mentioned) {
         if mentioned.contains(&key) {
             accounting.used.push(key);
-        } else if let Some(reason) = reason(template, &key).or_else(|| reason(template, bare(&key))) {
-            accounting.without_effect.insert(key, reason);
-        } else if allowed.contains(&key) {
+        } else if let Some(harmless) = Harmless::of(template, &key)?.filter(|own| own.covers(value)) {
+            accounting.without_effect.insert(key, harmless.reason);
+        } else if value.is_null() {
+            accounting.without_effect.insert(key, "not set".to_owned());
+        } else if allowed.admits(&key) {
             accounting.allowed.push(key);
         } else {
-            return Err(unused(template, &key, value, &mentioned));
+            unknown.push((key, value));
         }
     }
+    if let [quantized, ..] = quantizations(&unknown).as_slice() {
+        return Err(quantized.clone());
+    }
+    if !unknown.is_empty() {
+        return Err(unused(template, &unknown, &mentioned)?);
+    }
+    if let Some(passed_over) = rope::passed_over(config) {
+        accounting.used.retain(|key| key != "rope_parameters");
+        accounting.without_effect.insert("rope_parameters".to_owned(), passed_over);
+    }
     Ok(accounting)
+}
+
+/// A key that changes no computation, at some values or at all.
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum Entry {
+    Reason(String),
+    AtValues {
+        reason: String,
+        /// The values at which it changes nothing; null is one of them always.
+        at: Vec<Value>,
+    },
+}
+
+#[derive(Debug)]
+struct Harmless {
+    reason: String,
+    at: Option<Vec<Value>>,
+}
+
+impl Harmless {
+    /// What a template says of a key, or of the last part of its name.
+    fn of(template: &Template, key: &str) -> Result<Option<Self>> {
+        let table = template.table("without_effect");
+        let Some(entry) = table.and_then(|table| table.get(key).or_else(|| table.get(bare(key)))) else {
+            return Ok(None);
+        };
+        let entry = entry.clone().try_into().map_err(|_| {
+            template
+                .error(Code::TemplateInvalid, &format!("without_effect.{}", bare(key)))
+                .found(entry)
+                .expected("a reason, or { reason = \"...\", at = [values] }")
+                .help("mend the template")
+        })?;
+        Ok(Some(match entry {
+            Entry::Reason(reason) => Self { reason, at: None },
+            Entry::AtValues { reason, at } => Self { reason, at: Some(at) },
+        }))
+    }
+
+    /// True if the key changes nothing at a value.
+    fn covers(&self, value: &Value) -> bool {
+        let same = |own: &Value| own == value || own.as_f64().is_some_and(|own| Some(own) == value.as_f64());
+        value.is_null() || self.at.as_ref().is_none_or(|at| at.iter().any(same))
+    }
 }
 
 /// The keys, with an object's own keys (`attn_config.clip_qkv`) where the template takes them one by one.
@@ -91,27 +150,44 @@ fn bare(key: &str) -> &str {
     key.rsplit_once('.').map_or(key, |(_, bare)| bare)
 }
 
-fn reason(template: &Template, key: &str) -> Option<String> {
-    template.table("without_effect")?.get(key)?.as_str().map(str::to_owned)
-}
-
-fn unused(template: &Template, key: &str, value: &Value, mentioned: &BTreeSet<String>) -> Error {
-    if key == "quantization_config" || key == "compression_config" {
+/// Settings of quantisation that nothing read.
+fn quantizations(unknown: &[(String, &Value)]) -> Vec<Error> {
+    let unread = unknown.iter().filter(|(key, _)| key == "quantization_config" || key == "compression_config");
+    let error = |(key, value): &(String, &Value)| {
         let method = value.get("quant_method").and_then(Value::as_str).unwrap_or("unknown");
-        return Error::new(Code::QuantizationUnsupported, format!("config.json: {key}"))
+        Error::new(Code::QuantizationUnsupported, format!("config.json: {key}"))
             .found(format!("weights quantised with {method}"))
             .expected("float32, bfloat16 or float16 weights")
-            .help("use the checkpoint from which this one was quantised");
+            .help("use the checkpoint from which this one was quantised")
+    };
+    unread.map(error).collect()
+}
+
+/// All keys that nothing accounts for, each with its value and what it may have been meant for.
+fn unused(template: &Template, unknown: &[(String, &Value)], mentioned: &BTreeSet<String>) -> Result<Error> {
+    let names: Vec<&str> = unknown.iter().map(|(key, _)| key.as_str()).collect();
+    let mut found = Vec::new();
+    let mut expected = vec![format!("keys that template {} knows", template.name)];
+    for (key, value) in unknown {
+        found.push(if unknown.len() == 1 { value.to_string() } else { format!("{key}: {value}") });
+        let near = mentioned.iter().filter(|name| !name.contains('.')).min_by_key(|name| distance(name, key));
+        if let Some(near) = near.filter(|name| distance(name, key) <= 2) {
+            expected.push(format!("or did {key} mean {near}?"));
+        }
+        if let Some(at) = Harmless::of(template, key)?.and_then(|own| own.at) {
+            let at: Vec<String> = at.iter().map(Value::to_string).collect();
+            expected.push(format!("{key} at {}, where it changes nothing", at.join(" or ")));
+        }
     }
-    let near = mentioned.iter().filter(|name| !name.contains('.')).min_by_key(|name| distance(name, key));
-    let near = near.filter(|name| distance(name, key) <= 2);
-    let near = near.map_or(String::new(), |name| format!(", or did it mean {name}?"));
-    Error::new(Code::ConfigUnusedKey, format!("config.json: {key}"))
-        .found(value)
-        .expected(format!("a key that template {} knows{near}", template.name))
+    let flags: Vec<String> = names.iter().map(|name| format!("--allow-unused-key {name}")).collect();
+    let them = if unknown.len() == 1 { "it does" } else { "they do" };
+    Ok(Error::new(Code::ConfigUnusedKey, format!("config.json: {}", names.join(", ")))
+        .found(found.join(", "))
+        .expected(expected.join(", "))
         .help(format!(
-            "if it does not change the computation, pass --allow-unused-key {key}; if it does, a template must say how"
-        ))
+            "if {them} not change the computation, pass {}; if {them}, a template must say how",
+            flags.join(" ")
+        )))
 }
 
 /// Longest name that is compared letter by letter.

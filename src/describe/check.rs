@@ -15,7 +15,7 @@ const WIDEST_HEAD: usize = 8192;
 const MOST_EXPERTS: usize = 65_536;
 const MOST_STREAMS: usize = 64;
 
-/// Numbers that no graph can hold: sizes over [`LARGEST_SIZE`], and floats that are infinite in float32.
+/// Numbers that no graph can hold: sizes over [`LARGEST_SIZE`], floats that are infinite in float32, and epsilons below 0.
 pub(super) fn numbers(spec: &ModelSpec) -> Result<()> {
     let failed = |found: String| Error::new(Code::SpecInvalid, format!("template {}", spec.template)).found(found);
     let value = serde_json::to_value(spec).map_err(|e| failed(e.to_string()))?;
@@ -25,7 +25,9 @@ pub(super) fn numbers(spec: &ModelSpec) -> Result<()> {
             let subject = format!("template {}: {}", spec.template, path.trim_start_matches('.'));
             Err(Error::new(Code::SpecInvalid, subject)
                 .found(found)
-                .expected(format!("a whole number up to {LARGEST_SIZE}, or a number that float32 can hold"))
+                .expected(format!(
+                    "a whole number up to {LARGEST_SIZE}, or a number that float32 can hold; not below 0 for an epsilon"
+                ))
                 .help("check the sizes and factors in config.json"))
         }
     }
@@ -35,9 +37,10 @@ pub(super) fn numbers(spec: &ModelSpec) -> Result<()> {
 fn number(path: &str, value: &Value) -> Option<(String, String)> {
     match value {
         Value::Number(number) => {
+            let negative = path.ends_with("eps") && number.as_f64().is_some_and(|eps| eps < 0.0);
             let large = number.as_u64().is_some_and(|size| size > LARGEST_SIZE);
             let wide = number.is_f64() && number.as_f64().is_some_and(|float| float.abs() > f64::from(f32::MAX));
-            (large || wide).then(|| (path.to_owned(), number.to_string()))
+            (large || wide || negative).then(|| (path.to_owned(), number.to_string()))
         }
         Value::Array(items) => {
             items.iter().enumerate().find_map(|(index, item)| number(&format!("{path}[{index}]"), item))

@@ -67,6 +67,34 @@ impl Scope {
         self.names.config.json.get(key)?.as_array().map(Vec::len)
     }
 
+    /// The configuration, with `RoPE` parameters in their one form.
+    pub(super) fn config(&self) -> &serde_json::Map<String, Json> {
+        &self.names.config.json
+    }
+
+    /// The configuration's keys that an expression reads, by itself or through definitions, with what stands there.
+    pub(super) fn keys_read(&self, expression: &str) -> Vec<(String, Json)> {
+        let mut open: Vec<String> = mentions(expression).into_iter().collect();
+        let mut seen = BTreeSet::new();
+        let mut keys = Vec::new();
+        while let Some(name) = open.pop() {
+            let name = name.split('.').next().unwrap_or_default().to_owned();
+            if !seen.insert(name.clone()) {
+                continue;
+            }
+            let table = |table: &str| self.names.template.table(table).and_then(|own| own.get(&name));
+            let definition = table("let").or_else(|| table("defaults").filter(|_| !self.config().contains_key(&name)));
+            match (definition.and_then(Toml::as_str).and_then(|text| text.strip_prefix('=')), self.config().get(&name))
+            {
+                (Some(expression), _) => open.extend(mentions(expression)),
+                (None, Some(value)) => keys.push((name, value.clone())),
+                (None, None) => {}
+            }
+        }
+        keys.sort_by(|(a, _), (b, _)| a.cmp(b));
+        keys
+    }
+
     pub(super) fn at(&self, layer: usize) -> Self {
         let Names { template, config, .. } = &*self.names;
         let (template, config) = (template.clone(), config.clone());

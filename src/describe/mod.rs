@@ -12,7 +12,9 @@ mod resolve;
 mod rope;
 mod rules;
 pub mod support;
+mod tables;
 mod template;
+mod types;
 
 pub use accounting::Accounting;
 pub(crate) use accounting::distance;
@@ -24,6 +26,7 @@ pub use template::{Catalogue, Template};
 use serde_json::{Map, Value};
 
 use crate::error::{Code, Error, Result};
+use crate::patterns::Patterns;
 use crate::spec::ModelSpec;
 
 /// A model, described.
@@ -37,24 +40,30 @@ pub struct Description {
     pub accounting: Accounting,
 }
 
-/// Describes a configuration by a template. Keys that the template does not know must be in `allowed`.
+/// Describes a configuration by a template. Keys that the template does not know must be in `allowed`: names, or patterns
+/// with `*`.
 pub fn describe(template: &Template, config: &Map<String, Value>, allowed: &[String]) -> Result<Description> {
-    let mut accounting = accounting::account(template, config, allowed)?;
-    let (config, left_out) = without(config, allowed);
+    let allowed = Patterns::new("--allow-unused-key", allowed)?;
+    let mut accounting = accounting::account(template, config, &allowed)?;
+    let (config, left_out) = without(config, &allowed);
     accounting.allowed.extend(left_out);
+    types::check(template, &config, &accounting.used)?;
     let (spec, rules) = resolve::resolve(template, &config)?;
     Ok(Description { spec, rules, accounting })
 }
 
 /// The configuration without the keys of objects (`rope_parameters.odd`) that the user allowed to stay unread, and
 /// those keys.
-fn without(config: &Map<String, Value>, allowed: &[String]) -> (Map<String, Value>, Vec<String>) {
+fn without(config: &Map<String, Value>, allowed: &Patterns) -> (Map<String, Value>, Vec<String>) {
     let mut config = config.clone();
     let mut left_out = Vec::new();
-    for name in allowed {
-        let object = name.split_once('.').and_then(|(key, part)| Some((config.get_mut(key)?.as_object_mut()?, part)));
-        if object.is_some_and(|(object, part)| object.remove(part).is_some()) {
-            left_out.push(name.clone());
+    for (key, value) in &mut config {
+        let Some(object) = value.as_object_mut() else { continue };
+        let odd = |part: &str| format!("{key}.{part}");
+        let parts: Vec<String> = object.keys().filter(|part| allowed.admits(&odd(part))).cloned().collect();
+        for part in parts {
+            object.remove(&part);
+            left_out.push(odd(&part));
         }
     }
     (config, left_out)

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use serde::Deserialize;
-use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use toml::Value as Toml;
 
@@ -12,6 +11,7 @@ use super::expression::Scope;
 use super::particular::{self, BranchTable, LaurelTable};
 use super::rope;
 use super::rules::TensorRules;
+use super::tables::{odd, table};
 use super::template::Template;
 use crate::error::{Code, Error, Result};
 use crate::spec::{
@@ -235,6 +235,11 @@ struct RopeTable {
     enabled: bool,
     #[serde(default)]
     reversed: bool,
+    /// These two are read before anything is evaluated.
+    #[serde(rename = "partial")]
+    _partial: Option<bool>,
+    #[serde(rename = "by_type")]
+    _by_type: Option<Vec<String>>,
 }
 
 /// `[moe]`
@@ -336,7 +341,7 @@ const MOST_LAYERS: usize = 4096;
 /// The specification that a template gives a configuration, and its tensor rules.
 pub(super) fn resolve(template: &Template, config: &Map<String, Value>) -> Result<(ModelSpec, TensorRules)> {
     let mut config = config.clone();
-    if let Some(rope) = rope::normalise(&config, &rope_defaults(template)) {
+    if let Some(rope) = rope::normalise(&config, &rope_defaults(template), &reading(template)?)? {
         config.insert("rope".to_owned(), rope);
     }
     let model_type = config.get("model_type").and_then(Value::as_str).unwrap_or_default().to_owned();
@@ -344,6 +349,9 @@ pub(super) fn resolve(template: &Template, config: &Map<String, Value>) -> Resul
     check_requirements(&scope)?;
 
     let model: ModelTable = table(&scope, "model")?;
+    if model.context_length == 0 {
+        return Err(odd(&scope, "model.context_length", "0", "a length"));
+    }
     if model.layers > MOST_LAYERS {
         return Err(template.error(Code::SpecInvalid, "model.layers").found(model.layers).expected("at most 4096"));
     }
@@ -355,6 +363,9 @@ pub(super) fn resolve(template: &Template, config: &Map<String, Value>) -> Resul
             .help("mend the key"));
     }
     let norm: NormTable = table(&scope, "norm")?;
+    if norm.eps < 0.0 {
+        return Err(odd(&scope, "norm.eps", &norm.eps.to_string(), "a number that is not negative"));
+    }
     let layers = (0..model.layers).map(|index| layer(&scope.at(index), &model)).collect::<Result<Vec<_>>>()?;
     // Norms by place may go by layer; the final one is the first layer's.
     let places: LayerTable = table(&scope.at(0), "layer")?;
@@ -384,6 +395,22 @@ pub(super) fn resolve(template: &Template, config: &Map<String, Value>) -> Resul
     check::sizes(&spec)?;
     let rules = TensorRules::new(&scope, spec.layers.len(), model.base_model_prefix)?;
     Ok((spec, rules))
+}
+
+/// How a template's class reads `RoPE` parameters; known before anything is evaluated.
+fn reading(template: &Template) -> Result<rope::Reading> {
+    let given = |key: &str| template.table("rope").and_then(|table| table.get(key)).cloned();
+    let odd = |key: &str, expected: &str| {
+        template.error(Code::TemplateInvalid, &format!("rope.{key}")).expected(expected).help("mend the template")
+    };
+    let types = |value: Toml| {
+        value.try_into().map_err(|_| odd("by_type", "a list of the layer types that rope_scaling changes"))
+    };
+    let flag = |value: Toml| value.as_bool().ok_or_else(|| odd("partial", "true or false"));
+    Ok(rope::Reading {
+        by_type: given("by_type").map(types).transpose()?,
+        partial: given("partial").map(flag).transpose()?.unwrap_or(false),
+    })
 }
 
 /// The template's defaults of the keys that are part of the normalised `RoPE` parameters.
@@ -434,7 +461,9 @@ fn attention(scope: &Scope, model: &ModelTable, norm: &NormTable) -> Result<Atte
     };
     let rope = rope.filter(|rope| rope.enabled);
     let resolved = |r: RopeTable| {
-        let rope = rope::rope(r.layout, r.size, &r.parameters, model.context_length)?;
+        let around =
+            rope::Surroundings { head: r.size, context: model.context_length, spelled: rope::spelled(scope.config()) };
+        let rope = rope::rope(r.layout, &r.parameters, around)?;
         Ok::<_, Error>(Rope { reversed: r.reversed, ..rope })
     };
     let rope = rope.map(resolved).transpose()?;
@@ -540,33 +569,6 @@ fn moe(t: MoeTable, norm: &NormTable) -> Moe {
         dense: t.dense.map(|dense| mlp(&dense, norm)),
         output_bias: t.output_bias,
     }
-}
-
-/// Evaluates a table and reads it as its type; what does not fit is an error with file, line and key.
-pub(super) fn table<T: DeserializeOwned>(scope: &Scope, name: &str) -> Result<T> {
-    let template = scope.template();
-    let raw = template.table(name).ok_or_else(|| template.error(Code::TemplateInvalid, name).found("no such table"))?;
-    let value = scope.evaluate(name, &Toml::Table(raw.clone()))?;
-    serde_path_to_error::deserialize(&value).map_err(|e| {
-        let mut path = format!("{name}.{}", e.path()).trim_end_matches(".?").trim_end_matches('.').to_owned();
-        let message = e.inner().to_string();
-        if let Some(field) = message.strip_prefix("unknown field `").and_then(|rest| rest.split('`').next())
-            && !path.ends_with(field)
-        {
-            path = format!("{path}.{field}");
-        }
-        // A field that deserialised itself away is named by its own path already.
-        let found = pointer(&value, path.strip_prefix(name).unwrap_or_default());
-        let found = found.map_or(message.clone(), |value| format!("{value}: {message}"));
-        // serde says both in one sentence.
-        let (found, expected) = found.split_once(", expected ").unwrap_or((&found, "a value that fits the key"));
-        let help = "mend the template, or the key of config.json that the expression reads";
-        template.error(Code::TemplateInvalid, &path).found(found).expected(expected).help(help)
-    })
-}
-
-fn pointer<'v>(value: &'v Value, path: &str) -> Option<&'v Value> {
-    value.pointer(&path.replace('.', "/")).filter(|value| !value.is_object())
 }
 
 /// Every expression in `[require]` must hold; its key says what is wrong when it does not.

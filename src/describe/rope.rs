@@ -13,22 +13,86 @@ use crate::spec::{Rope, RopeBeyond, RopeLayout, RopeScaling};
 /// Keys of a configuration that the normaliser accounts for.
 pub(super) const KEYS: [&str; 4] = ["rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"];
 
+/// The name under which parameters are checked.
+const KEY: &str = "rope_parameters";
+
 /// Keys whose defaults in a template hold for the parameters too.
 pub(super) const DEFAULTS: [&str; 3] = ["rope_theta", "partial_rotary_factor", "original_max_position_embeddings"];
 
+/// How a template's class reads `RoPE` parameters, as `[rope]` says it.
+#[derive(Debug, Default)]
+pub(super) struct Reading {
+    /// Parameters stand by layer type, and `rope_scaling` changes those of these types; of a class with none of them it
+    /// changes nothing.
+    pub(super) by_type: Option<Vec<String>>,
+    /// The class rotates a part of each head if `partial_rotary_factor` says so.
+    pub(super) partial: bool,
+}
+
 /// A configuration's `RoPE` parameters in the one form: an object with `rope_type` and `rope_theta`, or an object
 /// of such objects by layer type. `None` if the configuration does not speak of `RoPE`.
-pub(super) fn normalise(config: &Map<String, Value>, defaults: &Map<String, Value>) -> Option<Value> {
-    let given = |key: &str| config.get(key).filter(|value| !value.is_null()).or_else(|| defaults.get(key));
-    let theta = given("rope_theta");
-    let partial = given("partial_rotary_factor");
-    let base = given("rope_parameters").or_else(|| given("rope_scaling")).and_then(Value::as_object);
-    if base.is_none() && theta.is_none() {
-        return None;
+///
+/// Where two keys say the same, the one holds that transformers takes: `rope_scaling` before `rope_parameters`, and what
+/// stands within the parameters before what stands beside them, but for `original_max_position_embeddings`.
+pub(super) fn normalise(
+    config: &Map<String, Value>,
+    defaults: &Map<String, Value>,
+    reading: &Reading,
+) -> Result<Option<Value>> {
+    let by_type = reading.by_type.as_deref();
+    let beside = Beside::new(config, defaults)?;
+    let scaling = object(config, "rope_scaling")?;
+    let parameters = object(config, "rope_parameters")?;
+    if scaling.is_none() && parameters.is_none() && beside.theta.is_none() {
+        return Ok(None);
     }
-    let base = base.cloned().unwrap_or_default();
-    let nested = !base.is_empty() && base.values().all(|value| value.is_object() || value.is_null());
-    let complete = |mut parameters: Map<String, Value>| {
+    check_form(scaling, parameters, by_type)?;
+    if !reading.partial {
+        check_whole_heads(config, scaling, parameters)?;
+    }
+    let Some(typed) = parameters.filter(|own| is_by_type(own)) else {
+        return Ok(Some(beside.complete(scaling.or(parameters).cloned().unwrap_or_default(), false)));
+    };
+    let mut types = typed.clone();
+    if by_type.is_some() {
+        for name in ["full_attention", "sliding_attention"] {
+            types.entry(name).or_insert(Value::Null);
+        }
+    }
+    let types = types.into_iter().map(|(layer_type, value)| {
+        let mut own = value.as_object().cloned().unwrap_or_default();
+        if let Some(scaling) = scaling.filter(|_| by_type.is_some_and(|changed| changed.contains(&layer_type))) {
+            own.extend(scaling.clone());
+        }
+        (layer_type, beside.complete(own, true))
+    });
+    Ok(Some(Value::Object(types.collect())))
+}
+
+/// What stands beside a configuration's parameters, or a template gives by default.
+struct Beside {
+    theta: Option<Value>,
+    partial: Option<Value>,
+    original_context: Option<Value>,
+    context: Option<Value>,
+}
+
+impl Beside {
+    fn new(config: &Map<String, Value>, defaults: &Map<String, Value>) -> Result<Self> {
+        let given = |key: &str| config.get(key).filter(|value| !value.is_null()).or_else(|| defaults.get(key)).cloned();
+        let number = |key: &str| Ok::<_, Error>(number(config, key)?.or_else(|| defaults.get(key)).cloned());
+        // Of this key null is no default: transformers then rotates whole heads.
+        let whole_heads = config.get("partial_rotary_factor").is_some_and(Value::is_null);
+        Ok(Self {
+            theta: number("rope_theta")?,
+            partial: if whole_heads { Some(1.0.into()) } else { number("partial_rotary_factor")? },
+            original_context: given("original_max_position_embeddings"),
+            context: given("max_position_embeddings"),
+        })
+    }
+
+    /// One set of parameters with all that it has from elsewhere.
+    fn complete(&self, mut parameters: Map<String, Value>, nested: bool) -> Value {
         let old_name = parameters.remove("type");
         let kind = parameters.entry("rope_type").or_insert_with(|| old_name.unwrap_or_else(|| "default".into()));
         // The first name of longrope, in Phi-3's first files.
@@ -36,28 +100,124 @@ pub(super) fn normalise(config: &Map<String, Value>, defaults: &Map<String, Valu
             *kind = "longrope".into();
         }
         let scaled = matches!(kind.as_str(), Some("llama3" | "yarn" | "longrope"));
-        for (key, value) in [("rope_theta", theta), ("partial_rotary_factor", partial)] {
-            if let (Some(value), false) = (value, parameters.contains_key(key)) {
+        for (key, value) in [("rope_theta", &self.theta), ("partial_rotary_factor", &self.partial)] {
+            let own = parameters.get(key).is_some_and(|own| !own.is_null());
+            if let (Some(value), false) = (value, own) {
                 parameters.insert(key.to_owned(), value.clone());
             }
         }
+        // transformers reads `truncate` beside the layer types only, and null as false.
+        if nested {
+            parameters.remove("truncate");
+        } else if parameters.get("truncate").is_some_and(Value::is_null) {
+            parameters.insert("truncate".to_owned(), false.into());
+        }
         // Of the original lengths, the one beside the parameters wins, as in transformers.
-        let outer = given("original_max_position_embeddings").filter(|_| scaled && !nested);
+        let outer = self.original_context.as_ref().filter(|_| scaled && !nested);
         let inner = parameters.get("original_max_position_embeddings").filter(|value| !value.is_null());
-        let fallback = given("max_position_embeddings").filter(|_| scaled);
+        let fallback = self.context.as_ref().filter(|_| scaled);
         if let Some(original) = outer.or(inner).or(fallback).cloned() {
             parameters.insert("original_max_position_embeddings".to_owned(), original);
         }
         Value::Object(parameters)
-    };
-    if !nested {
-        return Some(complete(base));
     }
-    let by_type = base.into_iter().map(|(layer_type, value)| match value {
-        Value::Object(parameters) => (layer_type, complete(parameters)),
-        other => (layer_type, other),
-    });
-    Some(Value::Object(by_type.collect()))
+}
+
+/// Settings in a form that the class does not read, or that contradict each other.
+fn check_form(
+    scaling: Option<&Map<String, Value>>,
+    parameters: Option<&Map<String, Value>>,
+    by_type: Option<&[String]>,
+) -> Result<()> {
+    let typed = parameters.is_some_and(is_by_type);
+    match (scaling, parameters, by_type) {
+        (_, Some(_), Some(_)) if !typed => Err(Error::new(Code::ConfigUnsupported, "config.json: rope_parameters")
+            .found("one set of parameters for all layers")
+            .expected("a set for each layer type, full_attention and sliding_attention")
+            .help("write the parameters by layer type; transformers does not read these for this model_type")),
+        (Some(scaling), _, Some(_)) if scaling.contains_key("type") && !scaling.contains_key("rope_type") => {
+            Err(Error::new(Code::ConfigUnsupported, "config.json: rope_scaling.type")
+                .found("the old name of rope_type, which transformers does not read for this model_type")
+                .expected("rope_type")
+                .help("rename the key, if the model is to be scaled so, or remove rope_scaling"))
+        }
+        (Some(_), _, Some([])) => Err(Error::new(Code::ConfigUnsupported, "config.json: rope_scaling")
+            .found("a setting that transformers does not read for this model_type")
+            .expected("rope_parameters by layer type")
+            .help("write it into rope_parameters, or remove the key")),
+        (Some(_), Some(_), None) if typed => {
+            Err(Error::new(Code::ConfigInvalid, "config.json: rope_scaling and rope_parameters")
+                .found("two settings of one thing, the second by layer type")
+                .expected("one of them")
+                .help("keep the one that the model was trained with"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// A share of each head, where the class rotates whole ones and does not look at the key.
+fn check_whole_heads(
+    config: &Map<String, Value>,
+    scaling: Option<&Map<String, Value>>,
+    parameters: Option<&Map<String, Value>>,
+) -> Result<()> {
+    let given = [scaling, parameters].into_iter().flatten();
+    let by_type = given.clone().flat_map(|own| own.values().filter_map(Value::as_object));
+    let sets = given.chain(by_type).filter(|own| own.get("rope_type").is_none_or(|kind| kind != "proportional"));
+    let share = |own: &Map<String, Value>| own.get("partial_rotary_factor").cloned();
+    let shares = sets.filter_map(share).chain(config.get("partial_rotary_factor").cloned());
+    match shares.into_iter().find(|share| !share.is_null() && share.as_f64() != Some(1.0)) {
+        None => Ok(()),
+        Some(share) => Err(Error::new(Code::ConfigUnsupported, "config.json: partial_rotary_factor")
+            .found(share)
+            .expected("1, or no such key: models of this model_type rotate whole heads")
+            .help("remove the key, which transformers does not read either; a template of a class that does says `partial = true` under [rope]")),
+    }
+}
+
+/// The key that holds what is followed, for errors to name.
+pub(super) fn spelled(config: &Map<String, Value>) -> &'static str {
+    let scaling = config.get("rope_scaling").and_then(Value::as_object);
+    if scaling.is_some_and(|own| !own.is_empty()) { "rope_scaling" } else { "rope_parameters" }
+}
+
+/// Why `rope_parameters` are not followed, if they are not.
+pub(super) fn passed_over(config: &Map<String, Value>) -> Option<String> {
+    let own = |key: &str| config.get(key).and_then(Value::as_object).filter(|own| !own.is_empty());
+    let (scaling, parameters) = (own("rope_scaling")?, own("rope_parameters")?);
+    (!is_by_type(parameters) && parameters != scaling)
+        .then(|| "rope_scaling stands beside it and says another thing; transformers takes that one".to_owned())
+}
+
+/// True of parameters by layer type.
+fn is_by_type(parameters: &Map<String, Value>) -> bool {
+    !parameters.is_empty()
+        && parameters.values().all(|value| value.is_object() || value.is_null())
+        && parameters.keys().any(|key| key.ends_with("_attention"))
+}
+
+/// An object of settings; nothing if it is absent, null or empty.
+fn object<'c>(config: &'c Map<String, Value>, key: &str) -> Result<Option<&'c Map<String, Value>>> {
+    match config.get(key) {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::Object(own)) => Ok(Some(own).filter(|own| !own.is_empty())),
+        Some(other) => Err(Error::new(Code::ConfigInvalid, format!("config.json: {key}"))
+            .found(other)
+            .expected("an object, as in {\"rope_type\": \"linear\", \"factor\": 2.0}, or null for the default rotation")
+            .help("mend the key")),
+    }
+}
+
+/// A number beside the parameters; nothing if it is absent or null.
+fn number<'c>(config: &'c Map<String, Value>, key: &str) -> Result<Option<&'c Value>> {
+    match config.get(key) {
+        None | Some(Value::Null) => Ok(None),
+        Some(own @ Value::Number(_)) => Ok(Some(own)),
+        Some(other) => Err(Error::new(Code::ConfigInvalid, format!("config.json: {key}"))
+            .found(other)
+            .expected("a number")
+            .help("mend the key")),
+    }
 }
 
 /// The normalised parameters of one layer.
@@ -89,23 +249,46 @@ struct Parameters {
     long_mscale: Option<f64>,
 }
 
-/// The embedding that normalised parameters describe, for heads whose rotated part is `size` before
-/// `partial_rotary_factor`.
-pub(super) fn rope(layout: RopeLayout, size: usize, parameters: &Value, context: usize) -> Result<Rope> {
+/// What else decides about a rotation.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Surroundings {
+    /// Size of the head, before `partial_rotary_factor`.
+    pub(super) head: usize,
+    /// Longest sequence.
+    pub(super) context: usize,
+    /// The key of config.json that holds the parameters.
+    pub(super) spelled: &'static str,
+}
+
+/// The embedding that normalised parameters describe.
+pub(super) fn rope(layout: RopeLayout, parameters: &Value, around: Surroundings) -> Result<Rope> {
+    parsed(layout, parameters, around).map_err(|mut error| {
+        // Parameters are checked under one name, and named as the user wrote them.
+        error.subject = error.subject.replace(KEY, around.spelled);
+        error.help = error.help.replace(KEY, around.spelled);
+        error
+    })
+}
+
+fn parsed(layout: RopeLayout, parameters: &Value, around: Surroundings) -> Result<Rope> {
+    let Surroundings { head, context, .. } = around;
+    if parameters.as_object().is_some_and(is_by_type) {
+        return Err(subject()
+            .found("parameters by layer type")
+            .expected("one set of parameters for all layers, which is what this model_type reads")
+            .help("give the parameters that all layers have"));
+    }
     let p: Parameters = serde_json::from_value(parameters.clone()).map_err(|e| {
         subject()
             .found(e)
-            .help("pass --allow-unused-key rope_parameters.NAME for a parameter that means nothing to the rope_type")
+            .help(format!("pass --allow-unused-key {KEY}.NAME for a parameter that means nothing to the rope_type"))
     })?;
     check(&p)?;
-    let whole = size;
-    let size = match p.partial_rotary_factor.filter(|_| p.rope_type != "proportional") {
-        Some(part) => truncated(size, part),
-        None => size,
-    };
+    let share = p.partial_rotary_factor.filter(|_| p.rope_type != "proportional");
+    let size = share.map_or(head, |share| truncated(head, share));
     let (size, theta) = paired(size, &p)?;
     let original_context = p.original_max_position_embeddings.unwrap_or(context);
-    let (scaling, attention_factor) = scaling(&p, (whole, size), context, original_context)?;
+    let (scaling, attention_factor) = scaling(&p, (head, size), context, original_context)?;
     let attention_factor = p.short_mscale.unwrap_or(attention_factor);
     if !attention_factor.is_finite() {
         return Err(subject().found(format!("an attention factor of {attention_factor}")).expected("a number"));
@@ -148,7 +331,7 @@ fn check(p: &Parameters) -> Result<()> {
 }
 
 fn parameter(name: &str) -> Error {
-    Error::new(Code::ConfigInvalid, format!("config.json: rope_parameters.{name}")).help("mend the key")
+    Error::new(Code::ConfigInvalid, format!("config.json: {KEY}.{name}")).help("mend the key")
 }
 
 /// The scaling by its `rope_type`, and the multiplier of cosine and sine. `whole` is the head, `size` its rotated part.
@@ -224,7 +407,7 @@ fn paired(size: usize, p: &Parameters) -> Result<(usize, f64)> {
 }
 
 fn subject() -> Error {
-    Error::new(Code::ConfigInvalid, "config.json: rope_parameters")
+    Error::new(Code::ConfigInvalid, format!("config.json: {KEY}"))
         .help("a template can give the parameters itself, under [rope], if the model rotates by a type that is known")
 }
 
@@ -271,7 +454,9 @@ mod tests {
     fn normalised(config: &Value) -> Value {
         let defaults = json!({"rope_theta": 10000.0});
         let defaults = defaults.as_object().expect("an object");
-        normalise(config.as_object().expect("an object"), defaults).expect("parameters")
+        normalise(config.as_object().expect("an object"), defaults, &Reading::default())
+            .expect("valid")
+            .expect("parameters")
     }
 
     #[test]
@@ -297,7 +482,8 @@ mod tests {
 
     #[test]
     fn unknown_types_and_parameters_are_errors() {
-        let rope_of = |value: Value| rope(RopeLayout::Half, 16, &value, 128);
+        let around = Surroundings { head: 16, context: 128, spelled: "rope_scaling" };
+        let rope_of = |value: Value| rope(RopeLayout::Half, &value, around);
         let odd = rope_of(json!({"rope_type": "spiral", "rope_theta": 1e4})).expect_err("an unknown type");
         assert!(odd.to_string().contains("spiral"), "{odd}");
         let odd = rope_of(json!({"rope_type": "default", "rope_theta": 1e4, "twist": 3})).expect_err("a stray key");
