@@ -96,6 +96,7 @@ impl<'p> Allowed<'p> {
             Error::new(Code::UsageInvalid, format!("--allow-unused-tensor {name}"))
                 .found(error)
                 .expected("the name of a tensor, or a pattern such as 'model.layers.*.self_attn.q_proj.bias'")
+                .help("write ? for a character that a pattern reads otherwise")
         })?;
         Ok(Self { name, pattern: glob.compile_matcher() })
     }
@@ -119,7 +120,7 @@ fn refusal(unexpected: &[(&str, Option<String>)]) -> Error {
         let count = if names.len() > 1 { format!(" ({} tensors)", names.len()) } else { String::new() };
         let why = why.as_ref().map(|why| format!(": {why}")).unwrap_or_default();
         listed.push(format!("{shown}{count}{why}"));
-        flags.insert(format!("--allow-unused-tensor '{}'", shown.replace('\'', "?")));
+        flags.insert(format!("--allow-unused-tensor '{}'", pasted(&shown)));
     }
     if patterns.len() > LISTED {
         listed.push(format!("and {} more patterns of names", patterns.len() - LISTED));
@@ -133,6 +134,12 @@ fn refusal(unexpected: &[(&str, Option<String>)]) -> Error {
             "if they do not change the computation, pass {}",
             flags.into_iter().collect::<Vec<_>>().join(" ")
         ))
+}
+
+/// A pattern that a shell and a glob take as it is: `?` for what means something to one of them.
+fn pasted(pattern: &str) -> String {
+    let plain = |c: char| c.is_alphanumeric() || matches!(c, '.' | '_' | '-' | '*' | ' ' | ':' | '/' | '+');
+    pattern.chars().map(|c| if plain(c) { c } else { '?' }).collect()
 }
 
 /// A name with `*` for each number in it.

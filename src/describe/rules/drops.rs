@@ -51,7 +51,10 @@ struct Checked {
 /// The rules of a template.
 pub(super) fn read(template: &Template) -> Result<Vec<Drop>> {
     let rules = template.table("drop").into_iter().flatten();
-    rules.map(|(pattern, value)| rule(template, pattern, value)).collect()
+    let mut rules = rules.map(|(pattern, value)| rule(template, pattern, value)).collect::<Result<Vec<_>>>()?;
+    // What names a tensor goes before what names any that ends so.
+    rules.sort_by_key(|rule| rule.pattern.starts_with('*'));
+    Ok(rules)
 }
 
 fn rule(template: &Template, pattern: &str, value: &Toml) -> Result<Drop> {
