@@ -321,6 +321,9 @@ fn one_line_allows_all_left_overs() -> TestResult {
     Ok(())
 }
 
+/// A change of an index; the name is the last shard's.
+type Change = fn(&mut Map<String, Value>, &str);
+
 /// What the index says is not what the shards hold: the headers are believed, with a note.
 #[test]
 fn an_index_that_is_wrong() -> TestResult {
@@ -330,11 +333,10 @@ fn an_index_that_is_wrong() -> TestResult {
     let text = fs::read_to_string(whole.join("model.safetensors.index.json"))?;
     let shards: Vec<PathBuf> = safetensors_in(&whole)?;
     let last = shards.last().and_then(|path| path.file_name()?.to_str()).ok_or("no shards")?.to_owned();
-    type Change = fn(&mut Map<String, Value>, &str);
     let changes: [(&str, Change); 3] = [
         ("a head that no shard holds", |map, last| drop(map.insert("model.extra.weight".to_owned(), json!(last)))),
         ("a tensor in another shard", |map, last| {
-            drop(map.insert("model.embed_tokens.weight".to_owned(), json!(last)))
+            drop(map.insert("model.embed_tokens.weight".to_owned(), json!(last)));
         }),
         ("a tensor that it does not name", |map, _| drop(map.remove("model.layers.0.mlp.down_proj.weight"))),
     ];
