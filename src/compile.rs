@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::bind::{self, Initializer, Plan};
+use crate::bind::{self, Head, Initializer, Plan, Rest};
 use crate::build::{self, Logits};
 use crate::describe::{self, Description};
 use crate::element::{CacheType, ElementType};
@@ -46,7 +46,7 @@ pub struct Options {
     pub max_length: Option<usize>,
     /// Keys of config.json that may stay unread.
     pub allowed_keys: Vec<String>,
-    /// Tensors that may stay unread.
+    /// Tensors that may stay unread: names, or patterns with `*`.
     pub allowed_tensors: Vec<String>,
     /// Where the graph finds its weights.
     pub weights: Weights,
@@ -117,6 +117,8 @@ pub struct Compiled {
     pub layout: Layout,
     /// What was quantised, or left quantised.
     pub quantization: Option<Quantization>,
+    /// Where the repository's files contradict each other, which was believed, and what was not looked at.
+    pub notes: Vec<String>,
 }
 
 /// Reads, describes, builds, lowers and binds a model.
@@ -144,6 +146,8 @@ pub fn compile_description(
     }
     let model = stage!("build", build::decoder(&description.spec, options.logits))?;
     stage!("read", recognise(&mut repository, &mut description, &model))?;
+    let (model, head) =
+        stage!("compare", Head::settle(model, &mut description, &repository.checkpoint, options.logits))?;
     let (rules, checkpoint) = (&description.rules, &repository.checkpoint);
     let parameters = stage!("bind", bind::parameters(&model, rules, checkpoint))?;
     let (stored, shard_size) = match options.weights {
@@ -154,8 +158,8 @@ pub fn compile_description(
     let precision = recipe.precision(&model, kept.as_ref());
     let lowering = options.lowering(stored.as_ref(), Some(&precision));
     let lowered = stage!("lower", lower::lower(&model, &lowering))?;
-    let allowed = &options.allowed_tensors;
-    let plan = stage!("plan", bind::plan(parameters, &lowered.graph, rules, checkpoint, allowed))?;
+    let rest = Rest { rules, spec: &description.spec, head: &head, allowed: &options.allowed_tensors };
+    let plan = stage!("plan", bind::plan(parameters, &lowered.graph, rest, checkpoint))?;
     if let Some(recipe) = &options.recipe {
         recipe.check(&plan, &lowered.notes, &options.target.name)?;
     }
@@ -168,7 +172,8 @@ pub fn compile_description(
             .expected("a quantised one, whose integers can be kept")
             .help("name a scheme to quantise with; --accuracy-level alone means --quant stored"));
     }
-    Ok(Compiled { repository, description, model, lowered, plan, layout, quantization })
+    let notes = checkpoint.notes().iter().chain(head.note()).cloned().chain(options.unread(&plan)).collect();
+    Ok(Compiled { repository, description, model, lowered, plan, layout, quantization, notes })
 }
 
 /// Quantised weights become the floats that the architecture has, and the keys that say so are accounted for.
@@ -261,6 +266,11 @@ impl Written {
         self.staging.path()
     }
 
+    /// What its user should know of it.
+    pub fn notes(&self) -> impl Iterator<Item = &String> {
+        self.manifest.notes.iter().chain(&self.files.notes)
+    }
+
     /// Records how far the model was verified.
     pub fn record_verification(&mut self, report: Value) -> Result<()> {
         self.manifest.verification = Some(report);
@@ -289,6 +299,16 @@ impl Options {
         };
         let Self { target, element, padding, positions, .. } = *self;
         lower::Options { target, element, padding, positions, stored, precision, cache }
+    }
+
+    /// A word on linked weights that a session casts to a type which may not hold them: they are not read here.
+    fn unread(&self, plan: &Plan) -> Option<String> {
+        let wider = |i: &&Initializer| i.linked.is_some() && matches!(i.element, ElementType::F32 | ElementType::BF16);
+        let first = plan.initializers.iter().filter(|_| self.computed() == ElementType::F16).find(wider)?;
+        Some(format!(
+            "sessions cast linked {} weights to float16 ({} and others): whether it holds their values was not looked at; --weights pack does",
+            first.element, first.name
+        ))
     }
 
     /// What the graph computes in.

@@ -35,6 +35,8 @@ pub enum Code {
     TensorUnexpected,
     /// A tensor whose shape is not the parameter's.
     TensorShape,
+    /// A tensor whose values do not survive the type that they are written in.
+    TensorRange,
     /// Weights in a form that is not read.
     QuantizationUnsupported,
     /// No template knows this `model_type`.
@@ -98,6 +100,7 @@ impl Code {
             Self::TensorMissing => "tensor-missing",
             Self::TensorUnexpected => "tensor-unexpected",
             Self::TensorShape => "tensor-shape",
+            Self::TensorRange => "tensor-range",
             Self::QuantizationUnsupported => "quantization-unsupported",
             Self::ModelTypeUnknown => "model-type-unknown",
             Self::TemplateInvalid => "template-invalid",

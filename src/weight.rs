@@ -240,5 +240,7 @@ fn list(parts: &[Weight]) -> String {
 
 mod convert;
 mod evaluate;
+mod rounding;
 pub(crate) use convert::{convert, read_floats, write_floats};
 pub use evaluate::{Evaluation, Tensors};
+pub(crate) use rounding::Rounding;

@@ -179,6 +179,29 @@ const ROWS: &[Row] = &[
         words: &["model.stray"],
     },
     Row {
+        name: "a pattern that is none",
+        case: "llama",
+        spoil: stray_tensor,
+        arguments: &["--allow-unused-tensor", "model.[a"],
+        code: "usage-invalid",
+        words: &["--allow-unused-tensor model.[a"],
+    },
+    Row {
+        name: "a tensor that float16 does not hold",
+        case: "llama",
+        spoil: |place| {
+            place.weights(|bytes| {
+                // The head lies at the start of the data, behind the header.
+                let length = bytes.first_chunk().map_or(0, |length| u64::from_le_bytes(*length));
+                let at = usize::try_from(length).unwrap_or(0) + 8;
+                bytes[at..at + 4].copy_from_slice(&1e9_f32.to_le_bytes());
+            })
+        },
+        arguments: &["--dtype", "f16"],
+        code: "tensor-range",
+        words: &["1e9", "--dtype f32"],
+    },
+    Row {
         name: "a key that nobody reads",
         case: "llama",
         spoil: |place| place.set("logit_scale", json!(0.5)),
@@ -260,6 +283,14 @@ const ROWS: &[Row] = &[
         arguments: &["--template", "mine.toml"],
         code: "template-invalid",
         words: &["mine.toml:4", "attention.heads", "many"],
+    },
+    Row {
+        name: "a template with a check that nobody knows",
+        case: "llama",
+        spoil: |place| place.template(&format!("{TEMPLATE}[drop]\nodd = {{ reason = \"none\", check = \"magic\" }}\n")),
+        arguments: &["--template", "mine.toml"],
+        code: "template-invalid",
+        words: &["mine.toml:4", "drop.odd", "magic", "check"],
     },
     Row {
         name: "a template with an expression that fails",

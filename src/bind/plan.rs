@@ -1,7 +1,9 @@
 //! The plan: initializer <- parameters <- tensors, with every shape checked.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
+use super::head;
+use super::left_over::{Rest, left_over};
 use crate::build::Model;
 use crate::describe::TensorRules;
 use crate::element::ElementType;
@@ -98,9 +100,8 @@ pub fn stored(parameters: &[Parameter], checkpoint: &Checkpoint) -> Stored {
 pub fn plan(
     parameters: Vec<Parameter>,
     lowered: &Graph<Onnx>,
-    rules: &TensorRules,
+    rest: Rest<'_>,
     checkpoint: &Checkpoint,
-    allowed: &[String],
 ) -> Result<Plan> {
     let by_name: BTreeMap<&str, &Weight> = parameters.iter().map(|p| (p.name.as_str(), &p.weight)).collect();
     let mut initializers = Vec::new();
@@ -128,7 +129,8 @@ pub fn plan(
             quantized,
         });
     }
-    let dropped = left_over(&parameters, rules, checkpoint, allowed)?;
+    let used = parameters.iter().flat_map(|parameter| parameter.weight.sources()).collect();
+    let dropped = left_over(&used, rest, checkpoint)?;
     Ok(Plan { initializers, parameters, dropped })
 }
 
@@ -167,10 +169,10 @@ fn bind(
     shapes: &BTreeMap<String, Vec<usize>>,
     checkpoint: &Checkpoint,
 ) -> Result<Weight> {
-    let alternatives = rules.bind(name, shapes)?.alternatives;
-    let present = |weight: &&Weight| weight.sources().iter().all(|tensor| checkpoint.get(tensor).is_some());
-    let Some(weight) = alternatives.iter().find(present) else {
-        return Err(missing(name, &alternatives, checkpoint));
+    let stored = rules.stored(name, shapes, &|tensor| checkpoint.get(tensor).is_some())?;
+    let stored = stored.map_or_else(|| head::instead(name, rules, shapes, checkpoint), |weight| Ok(Some(weight)))?;
+    let Some(weight) = stored else {
+        return Err(missing(name, &rules.bind(name, shapes)?.alternatives, checkpoint));
     };
     for tensor in weight.sources() {
         if let Some(info) =
@@ -192,7 +194,7 @@ fn bind(
             .expected(format!("{shape:?}"))
             .help("config.json and the weights do not belong together, or the template takes the wrong size"));
     }
-    Ok(weight.clone())
+    Ok(weight)
 }
 
 fn missing(name: &str, alternatives: &[Weight], checkpoint: &Checkpoint) -> Error {
@@ -204,37 +206,9 @@ fn missing(name: &str, alternatives: &[Weight], checkpoint: &Checkpoint) -> Erro
         names.min_by_key(|known| crate::describe::distance(known, absent))
     });
     let near = near.map_or("the checkpoint has no tensors".to_owned(), |near| format!("the nearest name is {near}"));
+    let near = checkpoint.notes().iter().fold(near, |near, note| format!("{near}; {note}"));
     Error::new(Code::TensorMissing, format!("parameter {name}"))
         .found(format!("no tensor {}", absent.first().copied().unwrap_or(name)))
         .expected(wanted.join(", or "))
         .help(format!("{near}; a [tensors] rule in the template maps other names"))
-}
-
-/// Tensors that no parameter takes must be dropped by a rule or by the user.
-fn left_over(
-    parameters: &[Parameter],
-    rules: &TensorRules,
-    checkpoint: &Checkpoint,
-    allowed: &[String],
-) -> Result<BTreeMap<String, String>> {
-    let used: BTreeSet<&str> = parameters.iter().flat_map(|parameter| parameter.weight.sources()).collect();
-    let mut dropped = BTreeMap::new();
-    let mut unexpected = Vec::new();
-    for tensor in checkpoint.tensors().filter(|tensor| !used.contains(tensor.name.as_str())) {
-        if let Some(reason) = rules.drop_reason(&tensor.name) {
-            dropped.insert(tensor.name.clone(), reason.to_owned());
-        } else if allowed.contains(&tensor.name) {
-            dropped.insert(tensor.name.clone(), "allowed by the user".to_owned());
-        } else {
-            unexpected.push(tensor.name.as_str());
-        }
-    }
-    let ignored = checkpoint.catalogue().map_or(&[][..], |catalogue| &catalogue.ignored);
-    dropped.extend(ignored.iter().map(|tensor| (tensor.name.clone(), tensor.reason.to_owned())));
-    let Some(first) = unexpected.first() else { return Ok(dropped) };
-    let more = if unexpected.len() > 1 { format!(" and {} more", unexpected.len() - 1) } else { String::new() };
-    Err(Error::new(Code::TensorUnexpected, format!("tensor {first}{more}"))
-        .found(unexpected.iter().take(8).copied().collect::<Vec<_>>().join(", "))
-        .expected("tensors that a parameter takes or that a rule drops")
-        .help(format!("if it does not change the computation, pass --allow-unused-tensor {first}")))
 }

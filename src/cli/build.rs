@@ -90,7 +90,7 @@ pub(super) struct ModelOptions {
     /// A key of config.json that may stay unread (repeatable)
     #[arg(long, value_name = "NAME")]
     allow_unused_key: Vec<String>,
-    /// A tensor that may stay unread (repeatable)
+    /// A tensor that may stay unread, or a pattern with `*` (repeatable)
     #[arg(long, value_name = "NAME")]
     allow_unused_tensor: Vec<String>,
 }
@@ -260,7 +260,7 @@ impl Build {
             }
             None => None,
         };
-        let notes = written.files.notes.clone();
+        let notes: Vec<String> = written.notes().cloned().collect();
         let links = written.links.clone();
         written.commit()?;
         for note in &notes {
@@ -366,6 +366,7 @@ impl Build {
         let disk = cost.written + cost.graph;
         #[expect(clippy::cast_precision_loss, reason = "an estimate")]
         let seconds = disk as f64 / BYTES_PER_SECOND;
+        compiled.notes.iter().for_each(|note| output.say(note));
         if output.is_json() {
             return output.value(&json!({
                 "output": self.output, "nodes": compiled.lowered.graph.nodes.len(), "cost": cost, "data_files": files,

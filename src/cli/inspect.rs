@@ -13,7 +13,8 @@ use crate::read::Repository;
 
 /// Show what a repository or a built directory holds, and how it becomes a graph.
 ///
-/// Equal layers are described once. Nothing is written, and no weight is read: only headers are.
+/// Equal layers are described once. Nothing is written. Of the weights the headers are read, and what decides whether a
+/// head is tied and a buffer may be left out.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  hf2onnx inspect golden/kjv-llama\n  hf2onnx inspect REPO --target standard\n  \
     hf2onnx inspect REPO --tensor model.layers.0.self_attn.q_proj.weight\n  hf2onnx inspect out/kjv")]
@@ -77,7 +78,7 @@ impl Inspect {
 /// What is known of a model that does not build: its sizes are what the user needs to find out why.
 fn describe_anyhow(options: &Options, error: Error, output: &mut Output) -> Error {
     let known = || {
-        let config = Repository::open(&options.repository).ok()?.config;
+        let config = Repository::config_of(&options.repository).ok()?;
         let template = describe::choose(&config, options.template.as_deref()).ok()?;
         let description = describe::describe(&template, &config, &options.allowed_keys).ok()?;
         serde_json::to_value(&description.spec).ok()

@@ -70,7 +70,7 @@ pub(super) struct QuantReport {
     /// A key of config.json that may stay unread (repeatable)
     #[arg(long, value_name = "NAME")]
     allow_unused_key: Vec<String>,
-    /// A tensor that may stay unread (repeatable)
+    /// A tensor that may stay unread, or a pattern with `*` (repeatable)
     #[arg(long, value_name = "NAME")]
     allow_unused_tensor: Vec<String>,
     /// Tokens of the prompt whose speed is measured

@@ -13,7 +13,7 @@ use crate::opset::Positions;
 use crate::read::{FileHash, hash_files};
 use crate::recipe::{Calibrated, Quantization};
 use crate::spec::ModelSpec;
-use crate::write::Streamed;
+use crate::write::{Streamed, Zeros};
 
 /// `hf2onnx.json`: what was built, from what, and how far it was verified.
 #[derive(Debug, Serialize)]
@@ -38,6 +38,10 @@ pub(super) struct Manifest {
     config_keys: Accounting,
     parameters: Vec<ParameterEntry>,
     dropped_tensors: std::collections::BTreeMap<String, String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(super) notes: Vec<String>,
+    #[serde(skip_serializing_if = "std::collections::BTreeMap::is_empty")]
+    rounded_to_zero: std::collections::BTreeMap<String, Zeros>,
     lowering: Vec<Note>,
 }
 
@@ -59,6 +63,8 @@ struct ParameterEntry {
 
 impl Manifest {
     pub(super) fn new(compiled: &Compiled, options: &Options, streamed: Streamed, graph: FileHash) -> Result<Self> {
+        let Streamed { rounded_to_zero, notes, .. } = &streamed;
+        let (rounded_to_zero, notes) = (rounded_to_zero.clone(), compiled.notes.iter().chain(notes).cloned().collect());
         let mut sources = hash_files(&compiled.repository.configurations())?;
         let mut outputs = vec![graph];
         outputs.extend(streamed.outputs);
@@ -107,6 +113,8 @@ impl Manifest {
             config_keys: compiled.description.accounting.clone(),
             parameters: parameters.collect(),
             dropped_tensors: compiled.plan.dropped.clone(),
+            notes,
+            rounded_to_zero,
             lowering: compiled.lowered.notes.clone(),
         })
     }

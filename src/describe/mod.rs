@@ -18,7 +18,7 @@ mod types;
 
 pub use accounting::Accounting;
 pub(crate) use accounting::distance;
-pub use rules::{Bound, TensorRules};
+pub use rules::{Bound, Check, Drop, TensorRules};
 pub(crate) use template::TABLES;
 pub(crate) use template::quoted_key;
 pub use template::{Catalogue, Template};

@@ -3,7 +3,8 @@
 use serde::Deserialize;
 
 use super::expression::Scope;
-use super::resolve::{NormEntry, NormTable, table};
+use super::resolve::{NormEntry, NormTable};
+use super::tables::table;
 use crate::error::{Error, Result};
 use crate::spec::{Activation, AltUp, Indexer, Laurel, ModelSpec, Moe, MoeBranch, PerLayer, Projection};
 

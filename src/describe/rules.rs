@@ -2,7 +2,10 @@
 //!
 //! `{layer}` stands for a layer's index, `{expert}` or `{head}` in a checkpoint's name for all of them, stacked,
 //! `{beyond}` for an index behind the last layer, `*` at the end for anything, the same on both sides. `{q,k,v}`
-//! writes a rule for each of its members, with the member of the same place on the other side.
+//! writes a rule for each of its members, with the member of the same place on the other side. A pattern of `[drop]`
+//! may begin with `*` too.
+
+mod drops;
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
@@ -15,12 +18,13 @@ use super::limits::{LONGEST_MEMBERS, MOST_MEMBERS};
 use super::template::Template;
 use crate::error::{Code, Error, Result};
 use crate::weight::{Split, Weight};
+pub use drops::{Check, Drop};
 
 /// A template's `[tensors]` and `[drop]`, ready to be asked.
 #[derive(Debug, Clone)]
 pub struct TensorRules {
     rules: Vec<Rule>,
-    drops: Vec<(String, String)>,
+    drops: Vec<Drop>,
     layers: usize,
     /// `base_model_prefix` with its dot.
     base: Option<String>,
@@ -94,10 +98,7 @@ impl TensorRules {
         }
         // What names a whole module gives way to what names a parameter, and to what names a smaller module.
         rules.sort_by_key(|rule| rule.parameter.strip_suffix('*').map(|module| Reverse(module.len())));
-        let mut drops = Vec::new();
-        for (pattern, reason) in template.table("drop").into_iter().flatten() {
-            drops.push((pattern.clone(), reason.as_str().unwrap_or_default().to_owned()));
-        }
+        let drops = drops::read(template)?;
         Ok(Self { rules, drops, layers, base: base.map(|base| format!("{base}.")) })
     }
 
@@ -105,7 +106,7 @@ impl TensorRules {
     pub fn bind(&self, parameter: &str, shapes: &BTreeMap<String, Vec<usize>>) -> Result<Bound> {
         let matched = self.rules.iter().find_map(|rule| self.matches(&rule.parameter, parameter).map(|c| (rule, c)));
         let Some((rule, captures)) = matched else {
-            return Ok(self.bound(vec![Weight::source(parameter)]));
+            return Ok(Bound { alternatives: vec![Weight::source(parameter)] });
         };
         let alternatives = rule.alternatives.iter().map(|recipe| {
             let sizes = |axis: usize| {
@@ -120,32 +121,48 @@ impl TensorRules {
                 .weight(&captures, shape, rule.index, sizes)
                 .map_err(|found| Error::new(Code::TemplateInvalid, format!("tensors.{}", rule.parameter)).found(found))
         });
-        Ok(self.bound(alternatives.collect::<Result<_>>()?))
+        Ok(Bound { alternatives: alternatives.collect::<Result<_>>()? })
     }
 
-    /// The same ways again without the prefix, for checkpoints that were saved without their head.
-    fn bound(&self, mut alternatives: Vec<Weight>) -> Bound {
+    /// The names under which a checkpoint may hold a tensor: with the base model's prefix, or without it where it was
+    /// saved without its head. The model's own code takes each tensor either way.
+    pub fn spellings(&self, tensor: &str) -> Vec<String> {
+        let mut names = vec![tensor.to_owned()];
         if let Some(base) = &self.base {
-            let bare = |weight: &Weight| {
-                let source = |name: &str| {
-                    Ok::<_, std::convert::Infallible>(Weight::source(name.strip_prefix(base).unwrap_or(name)))
-                };
-                weight.substitute(&mut { source }).unwrap_or_else(|never| match never {})
-            };
-            let others: Vec<Weight> =
-                alternatives.iter().map(bare).filter(|weight| !alternatives.contains(weight)).collect();
-            alternatives.extend(others);
+            names.extend(tensor.strip_prefix(base).map(str::to_owned));
+            names.push(format!("{base}{tensor}"));
         }
-        Bound { alternatives }
+        names
     }
 
-    /// Why a tensor that nothing takes may be left out.
-    pub fn drop_reason(&self, tensor: &str) -> Option<&str> {
-        let whole = self.base.as_ref().map(|base| format!("{base}{tensor}"));
-        let names: Vec<&str> = std::iter::once(tensor).chain(whole.as_deref()).collect();
-        let fits = |pattern: &str| names.iter().any(|name| self.matches(pattern, name).is_some());
-        let found = self.drops.iter().find(|(pattern, _)| fits(pattern));
-        found.map(|(_, reason)| reason.as_str())
+    /// The first way to store a parameter of which everything `is_there`, in the spelling that is there.
+    pub fn stored(
+        &self,
+        parameter: &str,
+        shapes: &BTreeMap<String, Vec<usize>>,
+        is_there: &dyn Fn(&str) -> bool,
+    ) -> Result<Option<Weight>> {
+        let mut spelled =
+            |name: &str| self.spellings(name).into_iter().find(|name| is_there(name)).map(Weight::Source).ok_or(());
+        let alternatives = self.bind(parameter, shapes)?.alternatives;
+        Ok(alternatives.iter().find_map(|weight| weight.substitute(&mut spelled).ok()))
+    }
+
+    /// The rule by which a tensor that nothing takes may be left out.
+    pub fn drop_rule(&self, tensor: &str) -> Option<&Drop> {
+        let names = self.spellings(tensor);
+        let fits = |pattern: &str| match pattern.strip_prefix('*') {
+            // Anything, then a name.
+            Some(rest) if !rest.is_empty() => {
+                names.iter().any(|name| name.char_indices().any(|(at, _)| self.ends(rest, name.get(at..))))
+            }
+            _ => names.iter().any(|name| self.matches(pattern, name).is_some()),
+        };
+        self.drops.iter().find(|rule| fits(&rule.pattern))
+    }
+
+    fn ends(&self, pattern: &str, name: Option<&str>) -> bool {
+        name.is_some_and(|name| self.matches(pattern, name).is_some())
     }
 
     /// What the placeholders of a pattern stand for in a name, if it fits.
@@ -333,11 +350,43 @@ mod tests {
     }
 
     #[test]
-    fn a_module_at_once_and_without_its_prefix() {
+    fn a_module_at_once_with_its_prefix_or_without_or_twice() {
         let recipe = recipe_of(serde_json::json!({ "tensor": "transformer.h.{layer}.*" }));
-        let bound = rules("model.layers.{layer}.*", recipe).bind("model.layers.1.ln_1.bias", &BTreeMap::new());
-        let alternatives = bound.expect("a rule").alternatives;
-        assert_eq!(alternatives, [Weight::source("transformer.h.1.ln_1.bias"), Weight::source("h.1.ln_1.bias")]);
+        let rules = rules("model.layers.{layer}.*", recipe);
+        for there in ["transformer.h.1.ln_1.bias", "h.1.ln_1.bias", "transformer.transformer.h.1.ln_1.bias"] {
+            let stored = rules.stored("model.layers.1.ln_1.bias", &BTreeMap::new(), &|name| name == there);
+            assert_eq!(stored.expect("a rule"), Some(Weight::source(there)));
+        }
+        assert_eq!(rules.stored("model.layers.1.ln_1.bias", &BTreeMap::new(), &|_| false).expect("a rule"), None);
+    }
+
+    #[test]
+    fn each_tensor_has_its_own_spelling() {
+        let recipe = recipe_of(serde_json::json!({ "concat": ["transformer.a", "transformer.b"] }));
+        let there = |name: &str| ["a", "transformer.b"].contains(&name);
+        let stored = rules("ab", recipe).stored("ab", &BTreeMap::new(), &there).expect("a rule");
+        assert_eq!(stored.expect("both are there").to_string(), "concat(a, transformer.b, axis 0)");
+    }
+
+    #[test]
+    fn what_is_dropped_under_any_prefix() {
+        let mut rules = rules("a", recipe_of(serde_json::json!({ "tensor": "b" })));
+        let rule = |pattern: &str| Drop { pattern: pattern.to_owned(), reason: String::new(), check: None };
+        rules.drops = vec![rule("*.inv_freq"), rule("*mtp.*"), rule("transformer.h.{layer}.attn.bias")];
+        for (name, dropped) in [
+            ("model.layers.9.rotary_emb.inv_freq", true),
+            ("x.inv_freq", true),
+            ("inv_freq", true),
+            ("inv_freqs", false),
+            ("model.mtp.layers.0.x", true),
+            ("mtp.x", true),
+            ("mtpx", false),
+            ("h.1.attn.bias", true),
+            ("transformer.h.1.attn.bias", true),
+            ("h.2.attn.bias", false),
+        ] {
+            assert_eq!(rules.drop_rule(name).is_some(), dropped, "{name}");
+        }
     }
 
     #[test]

@@ -35,6 +35,9 @@ pub struct Inspection {
     pub sizes: Sizes,
     /// Tensors that are left out, and why.
     pub dropped: BTreeMap<String, String>,
+    /// Where the repository's files contradict each other, and which was believed.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
     /// What is quantised as built, and what became of the checkpoint's own quantisation.
     pub quantization: Option<Quantization>,
     /// What became of config.json's keys.
@@ -106,6 +109,7 @@ impl Inspection {
             sections: describe(&spec),
             sizes: sizes(compiled, options),
             dropped: compiled.plan.dropped.clone(),
+            notes: compiled.notes.clone(),
             quantization: compiled.quantization.clone(),
             config_keys: compiled.description.accounting.clone(),
             lowering: compiled.lowered.notes.clone(),
@@ -175,6 +179,7 @@ impl fmt::Display for Inspection {
         write_lines(f, "size", &lines)?;
         write_quantization(f, self.quantization.as_ref())?;
         write_dropped(f, &self.dropped)?;
+        write_contradictions(f, &self.notes)?;
         write_keys(f, &self.config_keys)?;
         write_notes(f, &self.lowering)
     }
@@ -211,6 +216,14 @@ fn write_quantization(f: &mut fmt::Formatter<'_>, quantization: Option<&Quantiza
 /// Dropped tensors by reason.
 fn write_dropped(f: &mut fmt::Formatter<'_>, dropped: &BTreeMap<String, String>) -> fmt::Result {
     write_reasons(f, "tensors left out", dropped.iter())
+}
+
+fn write_contradictions(f: &mut fmt::Formatter<'_>, notes: &[String]) -> fmt::Result {
+    if notes.is_empty() {
+        return Ok(());
+    }
+    writeln!(f, "\nfiles that contradict each other")?;
+    notes.iter().try_for_each(|note| writeln!(f, "  {note}"))
 }
 
 /// Names by reason: one name and how many more.
@@ -266,7 +279,8 @@ fn write_notes(f: &mut fmt::Formatter<'_>, notes: &[Note]) -> fmt::Result {
     Ok(())
 }
 
-/// The words of a specification alone, for a model that can be described but not built.
+/// The words of a specification alone, for a model that can be described but not built. Whether a head is tied only the
+/// weights can say.
 pub fn specification(spec: &Value) -> String {
     struct Words(Vec<Section>);
     impl fmt::Display for Words {
@@ -274,5 +288,12 @@ pub fn specification(spec: &Value) -> String {
             write_sections(f, &self.0)
         }
     }
-    Words(describe(spec)).to_string()
+    let mut sections = describe(spec);
+    if spec.pointer("/head/tied") == Some(&Value::Bool(true)) {
+        let lines = sections.iter_mut().flat_map(|section| &mut section.lines);
+        for (_, words) in lines.filter(|(about, _)| about == "head") {
+            words.push_str("; undecided, as the weights may hold another head");
+        }
+    }
+    Words(sections).to_string()
 }

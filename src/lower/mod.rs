@@ -29,6 +29,7 @@ pub use cache::{Cache, CacheScales};
 pub use link::Stored;
 pub use onnx_graph::{Attribute, Constant, MICROSOFT, Onnx, Operator, Part, Quantized};
 pub use quantized::Precision;
+pub(crate) use rope::frequency_sets;
 pub use rope::{Frequencies, frequencies};
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};

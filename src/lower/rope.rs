@@ -81,6 +81,18 @@ pub fn frequencies(rope: &Rope) -> Frequencies {
     }
 }
 
+/// Every set of frequencies that a specification computes, and first the one that it scales.
+pub(crate) fn frequency_sets(rope: &Rope) -> Vec<Vec<f32>> {
+    let mut sets = vec![inverse(rope, |_, frequency| frequency)];
+    match frequencies(rope) {
+        Frequencies::Fixed(values) => sets.push(values),
+        Frequencies::Switched { short, long, .. } => sets.extend([short, long]),
+        // It begins as the first one.
+        Frequencies::Growing { .. } => {}
+    }
+    sets
+}
+
 /// `2i / size`
 fn exponent(rope: &Rope, i: usize) -> f32 {
     round(float(2 * i) / float(rope.size))

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use super::file::StableFile;
 use super::header::{Entry, quoted, read_header};
-use super::locate::{Index, Weights, locate};
+use super::locate::{INDEX, Index, Weights, locate};
 use super::path::contained;
 use super::quantized::{Recent, outside, stored_type};
 use crate::element::StoredType;
@@ -56,6 +56,8 @@ pub struct Checkpoint {
     tensors: Vec<TensorInfo>,
     /// How it is quantised, if it is.
     quantized: Option<Quantized>,
+    /// Where its files contradict each other, and which was believed.
+    notes: Vec<String>,
 }
 
 #[derive(Debug)]
@@ -71,13 +73,14 @@ impl Checkpoint {
     /// `model.safetensors.index.json` names, else every other safetensors file in it.
     pub fn open(dir: &Path) -> Result<Self> {
         let Weights { names, index } = locate(dir)?;
-        let mut checkpoint = Self { files: Vec::new(), stable: Vec::new(), tensors: Vec::new(), quantized: None };
+        let mut checkpoint =
+            Self { files: Vec::new(), stable: Vec::new(), tensors: Vec::new(), quantized: None, notes: Vec::new() };
         for name in names {
             checkpoint.add_file(dir, name)?;
         }
         checkpoint.tensors.sort_by(|a, b| (&a.name, a.file).cmp(&(&b.name, b.file)));
         if let Some(index) = index {
-            checkpoint.compare(&index)?;
+            checkpoint.compare(&index);
         }
         checkpoint.check_duplicates()?;
         Ok(checkpoint)
@@ -106,6 +109,11 @@ impl Checkpoint {
     /// How a quantised weight is stored.
     pub fn logical(&self, tensor: &TensorInfo) -> Option<&Logical> {
         self.catalogue().filter(|_| tensor.encoded)?.get(&tensor.name)
+    }
+
+    /// Where its files contradict each other, and which was believed.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
     }
 
     /// The files, in the order of the names.
@@ -230,33 +238,28 @@ impl Checkpoint {
         self.files.get(file).map_or("", |file| &file.name)
     }
 
-    /// The index and the shards have to tell the same story, or one of them is of another download.
-    fn compare(&self, index: &Index) -> Result<()> {
-        let error = |name: &str| {
-            Error::new(Code::WeightsCorrupt, format!("{}: tensor {}", index.path.display(), quoted(name)))
-                .help("index and shards are not of the same model: download both again")
-        };
+    /// Where the index and the shards' headers differ, the headers are followed, as in transformers: what a model needs
+    /// is in one of them, or binding misses it.
+    fn compare(&mut self, index: &Index) {
+        let mut elsewhere = Vec::new();
         for tensor in &self.tensors {
             let holder = self.file_name(tensor.file);
             match index.map.get(&tensor.name) {
                 Some(shard) if shard == holder => {}
-                Some(shard) => {
-                    return Err(error(&tensor.name)
-                        .found(format!("it is in {holder}"))
-                        .expected(format!("in {shard}, as the index says")));
-                }
-                None => {
-                    return Err(error(&tensor.name)
-                        .found(format!("it is in {holder}, but not in the index"))
-                        .expected("every tensor of a shard in the index"));
-                }
+                Some(shard) => elsewhere.push(format!("{} is in {holder}, not in {shard}", quoted(&tensor.name))),
+                None => elsewhere.push(format!("{} is in {holder}, and not in the index", quoted(&tensor.name))),
             }
         }
-        match index.map.iter().find(|(name, _)| self.get(name).is_none()) {
-            Some((name, shard)) => Err(error(name)
-                .found(format!("{shard} does not hold it"))
-                .expected(format!("in {shard}, as the index says"))),
-            None => Ok(()),
+        let absent = index.map.iter().filter(|(name, _)| self.get(name).is_none());
+        elsewhere.extend(absent.map(|(name, shard)| format!("{} is not in {shard}, nor in another", quoted(name))));
+        if let Some(first) = elsewhere.first() {
+            let more = if elsewhere.len() > 1 { format!(", and {} more", elsewhere.len() - 1) } else { String::new() };
+            self.notes.push(format!("{INDEX} is not what its shards hold, which were believed: {first}{more}"));
+        }
+        if let Some(first) = index.unnamed.first() {
+            let more =
+                if index.unnamed.len() > 1 { format!(" and {} more", index.unnamed.len() - 1) } else { String::new() };
+            self.notes.push(format!("{} does not name {}{more}: not read", INDEX, quoted(first)));
         }
     }
 
@@ -270,7 +273,7 @@ impl Checkpoint {
                     .found(format!("it stands in {one} and in {other}"))
                     .expected("each tensor in one file")
                     .help(
-                        "without an index every .safetensors file is read: keep one model's files in the directory",
+                        "each file that the index names is read, without an index every .safetensors file: keep one model's files in the directory",
                     ));
             }
         }

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor};
 
@@ -12,7 +12,7 @@ use super::path::contained;
 use crate::error::{Code, Error, Result};
 
 const SINGLE: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
+pub(super) const INDEX: &str = "model.safetensors.index.json";
 
 /// The files to read, sorted by name, and what the index says of them.
 pub(crate) struct Weights {
@@ -20,10 +20,11 @@ pub(crate) struct Weights {
     pub(crate) index: Option<Index>,
 }
 
-/// Which shard holds which tensor.
+/// Which shard holds which tensor, as the index has it. The shards' headers have the last word.
 pub(crate) struct Index {
-    pub(crate) path: PathBuf,
     pub(crate) map: BTreeMap<String, String>,
+    /// Shards of the same numbering that it does not name, and that are not read.
+    pub(crate) unnamed: Vec<String>,
 }
 
 pub(crate) fn locate(dir: &Path) -> Result<Weights> {
@@ -74,8 +75,12 @@ fn read_index(dir: &Path) -> Result<Weights> {
     for (shard, tensor) in &shards {
         check_shard(dir, &path, shard, tensor)?;
     }
-    let names = shards.into_keys().map(str::to_owned).collect();
-    Ok(Weights { names, index: Some(Index { path, map }) })
+    let names: Vec<String> = shards.into_keys().map(str::to_owned).collect();
+    let of = |name: &str| numbering(name).map(|(prefix, _, total)| (prefix.to_owned(), total.to_owned()));
+    let series: BTreeSet<_> = names.iter().filter_map(|name| of(name)).collect();
+    let others = file_names(dir)?.into_iter().filter(|name| !names.contains(name));
+    let unnamed = others.filter(|name| of(name).is_some_and(|of| series.contains(&of))).collect();
+    Ok(Weights { names, index: Some(Index { map, unnamed }) })
 }
 
 /// Which shard holds which tensor, by the text of an index; `path` names it in errors.

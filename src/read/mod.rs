@@ -46,17 +46,17 @@ pub struct Repository {
 impl Repository {
     /// Opens a repository: reads its configuration and the headers of its weights.
     pub fn open(dir: &Path) -> Result<Self> {
-        check_directory(dir)?;
-        let mut config = match dir.join("config.json").symlink_metadata() {
-            Ok(_) => json_file(&contained(dir, "config.json")?)?,
-            Err(_) => return Err(config_missing(dir)),
-        };
+        let (config, settings) = configuration(dir)?;
         let generation_config = match dir.join("generation_config.json").symlink_metadata() {
             Ok(_) => Some(json_file(&contained(dir, "generation_config.json")?)?),
             Err(_) => None,
         };
-        let settings = quantized::Settings::take(dir, &mut config)?;
         Ok(Self { dir: dir.to_owned(), config, generation_config, checkpoint: Checkpoint::open(dir)?, settings })
+    }
+
+    /// [`Self::config`] of a repository whose weights may be missing or unreadable.
+    pub fn config_of(dir: &Path) -> Result<Map<String, Value>> {
+        configuration(dir).map(|(config, _)| config)
     }
 
     /// Has the checkpoint present quantised weights as the floats that they stand for. Nothing happens to one that is
@@ -78,6 +78,17 @@ impl Repository {
     pub fn storage_keys(&self) -> impl Iterator<Item = (String, &Value)> {
         self.settings.taken()
     }
+}
+
+/// What the model is, and how its weights are stored.
+fn configuration(dir: &Path) -> Result<(Map<String, Value>, quantized::Settings)> {
+    check_directory(dir)?;
+    let mut config = match dir.join("config.json").symlink_metadata() {
+        Ok(_) => json_file(&contained(dir, "config.json")?)?,
+        Err(_) => return Err(config_missing(dir)),
+    };
+    let settings = quantized::Settings::take(dir, &mut config)?;
+    Ok((config, settings))
 }
 
 fn check_directory(dir: &Path) -> Result<()> {

@@ -18,7 +18,7 @@ use std::path::Path;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use crate::bind;
+use crate::bind::{self, Head, Rest};
 use crate::build::{self, Logits};
 use crate::describe::{self, Template};
 use crate::error::{Code, Error, Result};
@@ -160,16 +160,18 @@ fn unread(sheet: &mut Sheet, bare: &Template, config: &Map<String, Value>) {
     }
 }
 
-/// Goes as far as a build goes before it reads a weight.
+/// Goes as far as a build goes before it writes.
 fn check(template: &Template, repository: &Repository) -> Result<()> {
-    let description = describe::describe(template, &repository.config, &[])?;
+    let mut description = describe::describe(template, &repository.config, &[])?;
     let model = build::decoder(&description.spec, Logits::All)?;
+    let (model, head) = Head::settle(model, &mut description, &repository.checkpoint, Logits::All)?;
     let target = Target::named("primitive")?;
     let options = lower::Options::plain(target);
     let lowered = lower::lower(&model, &options)?;
     let (rules, checkpoint) = (&description.rules, &repository.checkpoint);
     let parameters = bind::parameters(&model, rules, checkpoint)?;
-    bind::plan(parameters, &lowered.graph, rules, checkpoint, &[]).map(drop)
+    let rest = Rest { rules, spec: &description.spec, head: &head, allowed: &[] };
+    bind::plan(parameters, &lowered.graph, rest, checkpoint).map(drop)
 }
 
 /// Writes a draft where nothing is.

@@ -153,14 +153,14 @@ fn cover(
     let mut taken: BTreeSet<String> = BTreeSet::new();
     let of = |name: &str| checkpoint.get(name).map(|info| info.shape.clone());
     for (name, shape) in &shapes {
-        let alternatives = description.rules.bind(name, &shapes)?.alternatives;
-        let fit = alternatives.iter().find(|weight| weight.shape(&of).is_ok_and(|found| found == *shape));
+        let stored = description.rules.stored(name, &shapes, &|tensor| checkpoint.get(tensor).is_some())?;
+        let fit = stored.filter(|weight| weight.shape(&of).is_ok_and(|found| found == *shape));
         parameters.count(name, fit.is_some());
         taken.extend(fit.iter().flat_map(|weight| weight.sources()).map(str::to_owned));
     }
     for tensor in checkpoint.tensors() {
         let name = tensor.name.as_str();
-        tensors.count(name, taken.contains(name) || description.rules.drop_reason(name).is_some());
+        tensors.count(name, taken.contains(name) || description.rules.drop_rule(name).is_some());
     }
     let missing = parameters.0.len() as f64 - parameters.fitting();
     candidate.coverage = tensors.fitting() / (tensors.0.len() as f64 + missing).max(1.0);

@@ -263,8 +263,8 @@ pub(super) fn tensors<'t>(sheet: &mut Sheet, roles: impl Iterator<Item = (&'t Pa
     for pattern in unknown {
         let end = pattern.name.rsplit('.').next().unwrap_or_default();
         if ["inv_freq", "masked_bias", "causal_mask"].contains(&end) {
-            let reason = "\"computed from the configuration\"";
-            sheet.guess("drop", &pattern.name, reason, "buffers of this name hold nothing that is learned");
+            let reason = format!("{{ reason = \"computed from the configuration\", check = \"{end}\" }}");
+            sheet.guess("drop", &pattern.name, &reason, "buffers of this name hold nothing that is learned");
         } else {
             let (name, shape) = (&pattern.name, &pattern.shape);
             sheet.ask("tensors", &format!("what is {name:?} {shape:?} ({} of them)?", pattern.count));

@@ -111,7 +111,9 @@ pub(crate) fn tensor_shapes(model: &Graph<Model>, rules: &TensorRules) -> BTreeM
     for (name, shape) in &parameters {
         let alternatives = rules.bind(name, &parameters).map(|bound| bound.alternatives).unwrap_or_default();
         for weight in alternatives {
-            shapes.extend(invert::sources(&weight, shape.clone()).unwrap_or_default());
+            for (tensor, shape) in invert::sources(&weight, shape.clone()).unwrap_or_default() {
+                shapes.extend(rules.spellings(&tensor).into_iter().map(|name| (name, shape.clone())));
+            }
         }
     }
     shapes

@@ -2,17 +2,20 @@
 
 use half::{bf16, f16, slice::HalfFloatSliceExt};
 
+use super::Rounding;
 use crate::element::ElementType;
 
 /// Elements that are converted at a time: few enough for the second pass to find them in the cache.
 const STEP: usize = 4096;
 
-/// Converts the elements of `from` into `out`, which holds as many of its own type. Equal types are copied.
+/// Converts the elements of `from` into `out`, which holds as many of its own type. Equal types are copied. Counts what
+/// does not survive it.
 pub(crate) fn convert(
     from: &[u8],
     from_element: ElementType,
     out: &mut [u8],
     out_element: ElementType,
+    rounding: &mut Rounding,
 ) -> Result<(), String> {
     if from_element == out_element {
         out.copy_from_slice(from);
@@ -29,6 +32,7 @@ pub(crate) fn convert(
     let parts = from.chunks(STEP * from_element.size()).zip(out.chunks_mut(STEP * out_element.size()));
     for (from, out) in parts {
         read_floats(from, from_element, &mut values)?;
+        rounding.count(&values, out_element);
         write_floats(&values, out_element, out)?;
     }
     Ok(())
@@ -108,7 +112,7 @@ mod tests {
                 let bytes: Vec<u8> = stored.iter().flat_map(|(bytes, _)| bytes.clone()).collect();
                 for to in [ElementType::F32, ElementType::F16, ElementType::BF16] {
                     let mut out = vec![0; values.len() * to.size()];
-                    convert(&bytes, from, &mut out, to).unwrap();
+                    convert(&bytes, from, &mut out, to, &mut Rounding::default()).unwrap();
                     for ((_, value), lane) in stored.iter().zip(out.chunks_exact(to.size())) {
                         if !value.is_nan() {
                             prop_assert_eq!(lane, naive(f64::from(*value), to).0, "{} from {} to {}", value, from, to);
@@ -121,7 +125,8 @@ mod tests {
 
     #[test]
     fn integers_are_not_weights() {
-        assert!(convert(&[0; 8], ElementType::I64, &mut [0; 4], ElementType::F32).is_err());
-        assert!(convert(&[0; 4], ElementType::F32, &mut [0; 1], ElementType::I8).is_err());
+        let mut counted = Rounding::default();
+        assert!(convert(&[0; 8], ElementType::I64, &mut [0; 4], ElementType::F32, &mut counted).is_err());
+        assert!(convert(&[0; 4], ElementType::F32, &mut [0; 1], ElementType::I8, &mut counted).is_err());
     }
 }

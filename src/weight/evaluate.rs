@@ -159,21 +159,41 @@ impl Evaluation {
     pub fn origin(&self, at: usize) -> Option<(&str, usize)> {
         match &self.node {
             Node::Source(name) => Some((name, at)),
-            Node::Same(of) => of.origin(at),
             Node::AddOne(_) | Node::Transpose { .. } => None,
+            _ => self.part(at).and_then(|(of, at)| of.origin(at)),
+        }
+    }
+
+    /// The source that element `at` of the result is made from.
+    pub(crate) fn source(&self, at: usize) -> Option<&str> {
+        match &self.node {
+            Node::Source(name) => Some(name),
+            _ => self.part(at).and_then(|(of, at)| of.source(at)),
+        }
+    }
+
+    /// The part that an element of the result is made from, and which of its elements that is.
+    fn part(&self, at: usize) -> Option<(&Self, usize)> {
+        match &self.node {
+            Node::Source(_) => None,
+            Node::Same(of) | Node::AddOne(of) => Some((of, at)),
+            Node::Transpose { rows, columns, of } => {
+                let (matrix, inner) = (at.checked_div(rows * columns)?, at.checked_rem(rows * columns)?);
+                Some((of, matrix * rows * columns + inner % rows * columns + inner / rows))
+            }
             Node::Join { widths, parts } => {
                 let row: usize = widths.iter().sum();
                 let (outer, mut inner) = (at.checked_div(row)?, at.checked_rem(row)?);
                 for (width, part) in widths.iter().zip(parts) {
                     if inner < *width {
-                        return part.origin(outer * width + inner);
+                        return Some((part, outer * width + inner));
                     }
                     inner -= width;
                 }
                 None
             }
             Node::Take { block, start, width, of } => {
-                of.origin(at.checked_div(*width)? * block + start + at.checked_rem(*width)?)
+                Some((of, at.checked_div(*width)? * block + start + at.checked_rem(*width)?))
             }
         }
     }

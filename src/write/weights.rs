@@ -1,5 +1,6 @@
 //! Executes a plan: from the checkpoint's files to the data files, in one pass, a few chunks in memory at a time.
 
+use std::collections::BTreeMap;
 use std::io::{Read as _, Seek as _, Write as _};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -9,10 +10,11 @@ use rayon::prelude::*;
 use tempfile::SpooledTempFile;
 
 use super::layout::{DataFile, Extent, Layout, data_name};
+use super::rounded::{Ledger, Zeros, note};
 use super::sink::{Buffer, Pool, Sink, with_sink};
 use super::sources::{Passed, Sources, unhashed, with_sources};
 use super::space::memory;
-use crate::bind::{Initializer, Linked, Plan, stored_at};
+use crate::bind::{Failure, Initializer, Linked, Plan, Values, stored_at};
 use crate::element::ElementType;
 use crate::error::{Code, Error, Result};
 use crate::interrupt;
@@ -20,7 +22,7 @@ use crate::lower::Part;
 use crate::quantize::{Algorithm, Blocks, Inputs, ScaleType, Scheme, pack_rows, quantize_rows, quantize_with_inputs};
 use crate::read::{Checkpoint, FileHash};
 use crate::stage::stage;
-use crate::weight::{Evaluation, Tensors, Weight, convert, read_floats, write_floats};
+use crate::weight::{Evaluation, Rounding, Weight, convert, read_floats, write_floats};
 
 /// Bytes that are computed, written and hashed at a time: what is read should still be in the caches when it is hashed.
 const CHUNK: usize = 1 << 20;
@@ -55,6 +57,10 @@ pub struct Streamed {
     pub sources: Vec<FileHash>,
     /// The data files.
     pub outputs: Vec<FileHash>,
+    /// Tensors of which values became 0 when they were rounded.
+    pub rounded_to_zero: BTreeMap<String, Zeros>,
+    /// What of that is worth a word.
+    pub notes: Vec<String>,
 }
 
 /// What is known of the inputs of matrices that are quantised, each an expression over tensors.
@@ -83,17 +89,18 @@ pub fn stream(
     let window = window();
     let pools = Pools::new(window);
     let to = (folder, model);
-    let streamed = if hash_sources {
-        let hashed = with_sources(checkpoint, window, |sources| {
+    let ((outputs, ledger), sources) = if hash_sources {
+        with_sources(checkpoint, window, |sources| {
             pack((plan, layout), checkpoint, to, (window, &pools), Some(sources), calibration, progress)
-        });
-        hashed.map(|(outputs, sources)| Streamed { sources, outputs })
+        })
     } else {
-        let outputs = pack((plan, layout), checkpoint, to, (window, &pools), None, calibration, progress);
-        outputs.map(|outputs| Streamed { sources: unhashed(checkpoint), outputs })
+        let packed = pack((plan, layout), checkpoint, to, (window, &pools), None, calibration, progress);
+        packed.map(|packed| (packed, unhashed(checkpoint)))
     }?;
     checkpoint.check_unchanged()?;
-    Ok(streamed)
+    let rounded_to_zero = ledger.settle()?;
+    let notes = note(&rounded_to_zero).into_iter().collect();
+    Ok(Streamed { sources, outputs, rounded_to_zero, notes })
 }
 
 /// Initializers that are written together: one, or the parts of a quantised matrix, the integers first.
@@ -124,6 +131,8 @@ struct Chunk<'p> {
     /// The bytes that it was made from, if they lie together.
     raw: Option<Arc<Buffer<'p>>>,
     sides: Vec<Vec<u8>>,
+    /// What rounding did to parts of tensors.
+    rounding: Vec<(String, Rounding, ElementType)>,
 }
 
 fn pack<'p>(
@@ -134,7 +143,8 @@ fn pack<'p>(
     sources: Option<&Sources<'p>>,
     calibration: Option<&mut dyn Calibration>,
     mut progress: impl FnMut(u64) + Send,
-) -> Result<Vec<FileHash>> {
+) -> Result<(Vec<FileHash>, Ledger)> {
+    let mut ledger = Ledger::default();
     let paths: Vec<PathBuf> = (0..layout.written.len()).map(|i| folder.join(data_name(model, i))).collect();
     let tasks = tasks(plan, layout, checkpoint)?;
     let mut jobs = tasks.iter().flat_map(Task::jobs);
@@ -161,6 +171,7 @@ fn pack<'p>(
             }
             for (job, chunk) in round.iter().zip(chunks) {
                 let mut chunk = chunk?;
+                chunk.rounding.iter().try_for_each(|(name, part, element)| ledger.add(name, part, *element))?;
                 progress(chunk.bytes.bytes.len() as u64);
                 if let (Some(sources), Some(passed)) = (sources, job.passed(chunk.raw.take())) {
                     stage!("- wait for hashes", sources.pass(passed))?;
@@ -169,7 +180,7 @@ fn pack<'p>(
             }
         }
     })?;
-    Ok(files)
+    Ok((files, ledger))
 }
 
 /// True if what is read and what is written can not both stay in memory for whoever reads them next.
@@ -285,7 +296,7 @@ fn tasks<'p>(plan: &'p Plan, layout: &Layout, checkpoint: &Checkpoint) -> Result
 
 impl<'p> Task<'p> {
     fn new(initializer: &'p Initializer, extent: Extent, checkpoint: &Checkpoint) -> Result<Self> {
-        let evaluation = Evaluation::new(&initializer.weight, &Stored(checkpoint))
+        let evaluation = Evaluation::new(&initializer.weight, &Values(checkpoint))
             .map_err(|failure| failure.about(&initializer.name))?;
         if evaluation.shape != initializer.shape && initializer.quantized.is_none() {
             return Err(Error::new(Code::TensorShape, &initializer.name)
@@ -351,7 +362,7 @@ impl Job<'_> {
 
     fn compute<'p>(&self, checkpoint: &Checkpoint, pools: &'p Pools) -> Result<Chunk<'p>> {
         let Task { initializer, evaluation, stored, .. } = self.task;
-        let tensors = Stored(checkpoint);
+        let tensors = Values(checkpoint);
         let refused = |failure: Failure| failure.about(&initializer.name);
         if let Some((scheme, part)) = initializer.quantized {
             return self.quantize(&tensors, pools, &scheme, part).map_err(refused);
@@ -361,21 +372,46 @@ impl Job<'_> {
         let mut raw = pool.take(self.count * evaluation.element.size());
         evaluation.fill(&tensors, self.first, &mut raw.bytes).map_err(refused)?;
         let raw = Arc::new(raw);
+        let mut rounding = Vec::new();
         let bytes = if same {
             Arc::clone(&raw)
         } else {
             let mut out = pools.out.take(self.count * initializer.element.size());
-            convert(&raw.bytes, evaluation.element, &mut out.bytes, initializer.element)
-                .map_err(|reason| refused(reason.into()))?;
+            let (from, to) = (evaluation.element, initializer.element);
+            for (name, part) in self.runs() {
+                let mut counted = Rounding::default();
+                let of = |element: ElementType| part.start * element.size()..part.end * element.size();
+                let (Some(raw), Some(out)) = (raw.bytes.get(of(from)), out.bytes.get_mut(of(to))) else { continue };
+                convert(raw, from, out, to, &mut counted).map_err(|reason| refused(reason.into()))?;
+                rounding.push((name, counted, to));
+            }
             Arc::new(out)
         };
-        Ok(Chunk { bytes, raw: stored.map(|_| raw), sides: Vec::new() })
+        Ok(Chunk { bytes, raw: stored.map(|_| raw), sides: Vec::new(), rounding })
+    }
+
+    /// Runs of rows that are made from one tensor, each with its name; all of the job's elements are in one.
+    fn runs(&self) -> Vec<(String, Range<usize>)> {
+        let Task { initializer, evaluation, .. } = self.task;
+        let columns = self.task.columns();
+        let name = |at: usize| evaluation.source(at).unwrap_or(&initializer.name);
+        let rows = self.first / columns..(self.first + self.count).div_ceil(columns);
+        let mut runs: Vec<(String, Range<usize>)> = Vec::new();
+        for row in rows {
+            let start = (row * columns).max(self.first) - self.first;
+            let end = ((row + 1) * columns).min(self.first + self.count) - self.first;
+            match (runs.last_mut(), name(self.first + start)) {
+                (Some((last, run)), name) if last == name => run.end = end,
+                (_, name) => runs.push((name.to_owned(), start..end)),
+            }
+        }
+        runs
     }
 
     /// Rows of a matrix as integers, and the scales and zero points that come with them.
     fn quantize<'p>(
         &self,
-        tensors: &Stored<'_>,
+        tensors: &Values<'_>,
         pools: &'p Pools,
         scheme: &Scheme,
         part: Part,
@@ -402,6 +438,7 @@ impl Job<'_> {
             ScaleType::BFloat16 => ElementType::BF16,
         };
         let mut beside = Vec::new();
+        let mut rounding = Vec::new();
         for (part, _) in sides {
             let mut side = blocks.zero_points.clone().unwrap_or_default();
             let floats = match part {
@@ -412,12 +449,25 @@ impl Job<'_> {
             if let Some(floats) = floats {
                 side = vec![0; floats.len() * element.size()];
                 write_floats(floats, element, &mut side)?;
+                rounding.extend(self.count_sides(floats, element));
             } else if *part == Part::SignedZeroPoints {
                 make_signed(&mut side, scheme);
             }
             beside.push(side);
         }
-        Ok(Chunk { bytes: Arc::new(bytes), raw, sides: beside })
+        Ok(Chunk { bytes: Arc::new(bytes), raw, sides: beside, rounding })
+    }
+
+    /// What rounding does to scales or zero points, which each row has as many of.
+    fn count_sides(&self, floats: &[f32], element: ElementType) -> Vec<(String, Rounding, ElementType)> {
+        let each = floats.len() / (self.count / self.task.columns()).max(1);
+        let counted = self.runs().into_iter().filter_map(|(name, run)| {
+            let (start, end) = (run.start / self.task.columns() * each, run.end / self.task.columns() * each);
+            let mut counted = Rounding::default();
+            counted.count(floats.get(start..end)?, element);
+            Some((format!("{name} (scales)"), counted, element))
+        });
+        counted.collect()
     }
 
     /// Rows of floats, rounded to integers.
@@ -431,7 +481,7 @@ impl Job<'_> {
     }
 
     /// Rows of the integers that the checkpoint holds, with its zero points.
-    fn stored_rows(&self, tensors: &Stored<'_>, scheme: &Scheme) -> Result<(Blocks, Vec<f32>), Failure> {
+    fn stored_rows(&self, tensors: &Values<'_>, scheme: &Scheme) -> Result<(Blocks, Vec<f32>), Failure> {
         let (columns, blocks) = (self.task.columns(), scheme.blocks(self.task.columns()));
         let rows = self.count / columns;
         let lost = || "rows that are no rows of a quantised tensor".to_owned();
@@ -469,44 +519,5 @@ fn make_signed(integers: &mut [u8], scheme: &Scheme) {
     let flip = if scheme.bits() == 4 { 0x88 } else { 0x80 };
     for byte in integers {
         *byte ^= flip;
-    }
-}
-
-/// A checkpoint's tensors as weight expressions see them.
-struct Stored<'c>(&'c Checkpoint);
-
-enum Failure {
-    Read(Error),
-    Transform(String),
-}
-
-impl Failure {
-    fn about(self, initializer: &str) -> Error {
-        match self {
-            Self::Read(error) => error,
-            Self::Transform(reason) => Error::new(Code::TensorShape, initializer).found(reason),
-        }
-    }
-}
-
-impl From<String> for Failure {
-    fn from(reason: String) -> Self {
-        Self::Transform(reason)
-    }
-}
-
-impl Tensors for Stored<'_> {
-    type Error = Failure;
-
-    fn describe(&self, name: &str) -> Result<(ElementType, Vec<usize>), Failure> {
-        let info = self.0.get(name).ok_or_else(|| format!("there is no {name}"))?;
-        let element = info.dtype.element().ok_or_else(|| format!("{name} is {}", info.dtype))?;
-        Ok((element, info.shape.clone()))
-    }
-
-    fn read(&self, name: &str, first: usize, out: &mut [u8]) -> Result<(), Failure> {
-        let info = self.0.get(name).ok_or_else(|| format!("there is no {name}"))?;
-        let element = info.dtype.element().ok_or_else(|| format!("{name} is {}", info.dtype))?;
-        self.0.read(info, (first * element.size()) as u64, out).map_err(Failure::Read)
     }
 }

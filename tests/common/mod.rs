@@ -3,6 +3,7 @@
 // every suite compiles this module for itself and uses a part of it
 #![allow(dead_code, unreachable_pub)]
 
+pub mod changed;
 pub mod hub;
 pub mod models;
 pub mod packers;
