@@ -74,7 +74,7 @@ pub fn generate(
     }
     check_tokens(decoder, prompt)?;
     let mut sampler = Sampler::new(settings.sampling);
-    let mut stream = Stream::new(tokenizer, prompt);
+    let mut stream = Stream::new(tokenizer, prompt)?;
     let mut row = decoder.row(prompt.len().saturating_add(settings.max_new_tokens.min(ROOM)), true)?;
     let mut all: Vec<i64> = prompt.iter().copied().map(i64::from).collect();
     let (mut from, mut text, mut finish) = (0, String::new(), Finish::Length);
