@@ -6,6 +6,9 @@ mod stream;
 
 use std::path::Path;
 
+use tokenizers::Decoder as _;
+
+use decoding::ByteTokens;
 pub use stream::Stream;
 
 use crate::error::{Code, Error, Result};
@@ -60,6 +63,36 @@ impl Tokenizer {
     fn token(&self, id: u32) -> Option<String> {
         let token = self.inner.id_to_token(id)?;
         (!self.inner.get_added_vocabulary().is_special_token(&token)).then_some(token)
+    }
+
+    /// The bytes that a token stands for inside of a text, special tokens included: what transformers compares with
+    /// stop strings.
+    pub fn bytes(&self, id: u32) -> Result<Vec<u8>> {
+        let Some(token) = self.inner.id_to_token(id) else { return Ok(Vec::new()) };
+        let spelled = match self.inner.get_decoder().and_then(decoding::bytes_of) {
+            Some(ByteTokens::Numbers) => decoding::byte_token(&token).map(|byte| vec![byte]),
+            Some(ByteTokens::Letters) => alphabet::bytes(&token),
+            None => None,
+        };
+        match spelled {
+            Some(bytes) => Ok(bytes),
+            None => guarded(|| self.inside(token)).map_err(|found| unusable("the tokens", found)),
+        }
+    }
+
+    /// A token's text behind other tokens, where it keeps its space.
+    fn inside(&self, token: String) -> tokenizers::Result<Vec<u8>> {
+        const BEFORE: &str = "abcdef";
+        let Some(decoder) = self.inner.get_decoder() else { return Ok(format!(" {token}").into_bytes()) };
+        let before = self.inner.encode_fast(BEFORE, false)?;
+        let mut tokens: Vec<String> = before.get_ids().iter().filter_map(|id| self.inner.id_to_token(*id)).collect();
+        tokens.push(token.clone());
+        let text = decoder.decode(tokens)?;
+        match text.split_once(BEFORE) {
+            Some((_, text)) => Ok(text.into()),
+            // The tokenizer does not know these letters.
+            None => decoder.decode(vec![token]).map(String::into_bytes),
+        }
     }
 
     /// The token with a given text.

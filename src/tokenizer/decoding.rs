@@ -88,6 +88,27 @@ fn pass(stages: &mut [Stage], mut tokens: Vec<String>) -> Result<String> {
     Ok(tokens.concat())
 }
 
+/// How tokens that are bytes are spelled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum ByteTokens {
+    /// `<0x0A>`.
+    Numbers,
+    /// In GPT-2's alphabet.
+    Letters,
+}
+
+/// How a decoder's tokens spell bytes, if they do.
+pub(super) fn bytes_of(decoder: &DecoderWrapper) -> Option<ByteTokens> {
+    let mut decoders = Vec::new();
+    flatten(decoder, &mut decoders);
+    let has = |kind: fn(&DecoderWrapper) -> bool| decoders.iter().any(kind);
+    if has(|decoder| matches!(decoder, DecoderWrapper::ByteFallback(_))) {
+        Some(ByteTokens::Numbers)
+    } else {
+        has(|decoder| matches!(decoder, DecoderWrapper::ByteLevel(_))).then_some(ByteTokens::Letters)
+    }
+}
+
 /// Sequences of sequences as one.
 fn flatten(decoder: &DecoderWrapper, into: &mut Vec<DecoderWrapper>) {
     match decoder {

@@ -20,4 +20,5 @@ pub use layout::{DataFile, Extent, Layout, data_name};
 pub use link::{LinkReport, link};
 pub use model::encode;
 pub use space::{check_space, free_space};
+pub(crate) use tokenizer::special_token;
 pub use weights::{Calibration, Streamed, stream};
