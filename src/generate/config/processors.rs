@@ -116,7 +116,7 @@ impl GenerationConfig {
             if end.is_empty() {
                 return Err(setting.wrong("a model whose configuration names the token that ends a text, eos_token_id"));
             }
-            chain.push(ExponentialDecay { start: usize::try_from(start).unwrap_or(0), factor, end });
+            chain.push(ExponentialDecay { start, factor, end });
         }
         let suppressed = match self.get("suppress_tokens") {
             Some(setting) => {

@@ -37,8 +37,8 @@ impl LogitsProcessor for ForcedEnd {
 /// The end becomes likelier with each token behind `start`: transformers' `ExponentialDecayLengthPenalty`.
 #[derive(Debug)]
 pub(crate) struct ExponentialDecay {
-    /// Tokens, the prompt's included.
-    pub(crate) start: usize,
+    /// Tokens, the prompt's included; below 0 if it started before the prompt.
+    pub(crate) start: i64,
     pub(crate) factor: f64,
     /// Each token once.
     pub(crate) end: Vec<u32>,
@@ -46,7 +46,10 @@ pub(crate) struct ExponentialDecay {
 
 impl LogitsProcessor for ExponentialDecay {
     fn process(&self, ids: &[i64], scores: &mut [f32]) {
-        let Some(beyond) = ids.len().checked_sub(self.start).filter(|beyond| *beyond > 0) else { return };
+        let beyond = i64::try_from(ids.len()).unwrap_or(i64::MAX).saturating_sub(self.start);
+        if beyond <= 0 {
+            return;
+        }
         let growth = rounded(self.factor.powi(i32::try_from(beyond).unwrap_or(i32::MAX)) - 1.0);
         for token in &self.end {
             if let Some(score) = score(scores, i64::from(*token)).filter(|score| score.is_finite()) {

@@ -156,9 +156,11 @@ fn remove(scores: &mut [f32], token: usize) {
     }
 }
 
-/// The tokens in the order of these numbers; of equals the first one first.
+/// The tokens in the order of these numbers, of equals the first one first, without those that are out already: top-k
+/// leaves few of a large vocabulary.
 fn sorted(values: &[f32], order: impl Fn(&f32, &f32) -> Ordering) -> Vec<usize> {
-    let mut numbered: Vec<(usize, f32)> = values.iter().copied().enumerate().collect();
+    let mut numbered: Vec<(usize, f32)> =
+        values.iter().copied().enumerate().filter(|(_, value)| value.is_finite()).collect();
     numbered.sort_by(|a, b| order(&a.1, &b.1));
     numbered.into_iter().map(|(token, _)| token).collect()
 }
