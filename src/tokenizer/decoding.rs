@@ -47,13 +47,13 @@ impl Decoding {
         flatten(decoder, &mut decoders);
         let (mut stages, mut joined) = (Vec::new(), false);
         for (at, decoder) in decoders.iter().enumerate() {
-            let Some(stage) = stage(decoder, joined) else {
+            let Some(own) = stages_of(decoder, joined) else {
                 let rest = decoders.get(at..).unwrap_or_default().to_vec();
                 stages.push(Stage::Whole { decoders: rest, joined, held: Vec::new() });
                 break;
             };
             joined |= matches!(decoder, DecoderWrapper::Fuse(_) | DecoderWrapper::ByteLevel(_));
-            stages.extend(stage);
+            stages.extend(own);
         }
         Self(stages)
     }
@@ -117,12 +117,12 @@ fn flatten(decoder: &DecoderWrapper, into: &mut Vec<DecoderWrapper>) {
     }
 }
 
-/// A decoder's stage; `None` within if none is needed, and without if it has to see the whole text. `joined` says that
+/// A decoder's stage, if it needs one; nothing if it has to see the whole text. `joined` says that
 /// the tokens are parts of one, because a decoder before has joined them.
-fn stage(decoder: &DecoderWrapper, joined: bool) -> Option<Option<Stage>> {
+fn stages_of(decoder: &DecoderWrapper, joined: bool) -> Option<Vec<Stage>> {
     use DecoderWrapper as D;
-    Some(Some(match decoder {
-        D::Fuse(_) => return Some(None),
+    Some(vec![match decoder {
+        D::Fuse(_) => return Some(Vec::new()),
         D::Strip(strip) if joined && strip.stop == 0 => Stage::Start(strip.content, strip.start),
         _ if joined => return None,
         D::Replace(_) | D::Strip(_) => Stage::Each(decoder.clone()),
@@ -132,7 +132,7 @@ fn stage(decoder: &DecoderWrapper, joined: bool) -> Option<Option<Stage>> {
         D::ByteFallback(_) => Stage::ByteRuns(decoder.clone(), Vec::new()),
         D::ByteLevel(_) => Stage::Letters(Vec::new()),
         D::Sequence(_) => return None,
-    }))
+    }])
 }
 
 impl Stage {

@@ -30,13 +30,13 @@ impl<'t> Stream<'t> {
     /// Adds a token; returns the text that is certain now, perhaps none.
     pub fn push(&mut self, id: u32) -> Result<String> {
         let piece = self.certain(id)?;
-        Ok(self.beyond(piece))
+        Ok(self.beyond(&piece))
     }
 
     /// What was held back, at the end of the text.
     pub fn finish(mut self) -> Result<String> {
         let piece = rest(self.decoding.clone())?;
-        Ok(self.beyond(piece))
+        Ok(self.beyond(&piece))
     }
 
     fn certain(&mut self, id: u32) -> Result<String> {
@@ -45,7 +45,7 @@ impl<'t> Stream<'t> {
     }
 
     /// A piece without what is shown already.
-    fn beyond(&mut self, piece: String) -> String {
+    fn beyond(&mut self, piece: &str) -> String {
         let same = piece.chars().zip(self.shown.chars()).take_while(|(a, b)| a == b).map(|(a, _)| a.len_utf8()).sum();
         match piece.get(same..) {
             // The prompt reads otherwise now: what it has become is no part of what was shown.

@@ -5,7 +5,7 @@ use super::*;
 
 /// A tokenizer of this decoder whose tokens are numbered as they are listed, and behind them a special token and an
 /// added one that is not special.
-fn tokenizer(tokens: &[String], model: &str, decoder: Value) -> Tokenizer {
+fn tokenizer(tokens: &[String], model: &str, decoder: &Value) -> Tokenizer {
     let numbered = || tokens.iter().zip(0_u32..);
     let model = match model {
         "Unigram" => {
@@ -46,7 +46,7 @@ fn byte_level() -> Tokenizer {
     tokenizer(
         &tokens,
         "BPE",
-        json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false}),
+        &json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false}),
     )
 }
 
@@ -60,7 +60,7 @@ fn byte_fallback(strip: bool) -> Tokenizer {
         json!({"type": "Fuse"}),
     ];
     decoders.extend(strip.then(|| json!({"type": "Strip", "content": " ", "start": 1, "stop": 0})));
-    tokenizer(&tokens, "fallback", json!({"type": "Sequence", "decoders": decoders}))
+    tokenizer(&tokens, "fallback", &json!({"type": "Sequence", "decoders": decoders}))
 }
 
 fn unigram(scheme: &str) -> Tokenizer {
@@ -68,7 +68,7 @@ fn unigram(scheme: &str) -> Tokenizer {
     tokenizer(
         &tokens,
         "Unigram",
-        json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": true}),
+        &json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": true}),
     )
 }
 
@@ -101,7 +101,7 @@ fn others() -> Vec<Tokenizer> {
         sequence(vec![fuse, piece]),
         sequence(vec![level, bpe]),
     ];
-    decoders.into_iter().map(|decoder| tokenizer(&words, "WordLevel", decoder)).collect()
+    decoders.into_iter().map(|decoder| tokenizer(&words, "WordLevel", &decoder)).collect()
 }
 
 /// The text of all pieces, and the length of it after each token. Nothing where the library fails on the tokens.

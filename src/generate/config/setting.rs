@@ -20,10 +20,9 @@ impl<'c> Setting<'c> {
     pub(super) fn wrong(&self, expected: impl std::fmt::Display) -> Error {
         let option = match self.key {
             "max_new_tokens" | "max_length" => "--max-new-tokens",
-            "temperature" => "--temperature",
+            "temperature" | "do_sample" => "--temperature",
             "top_k" => "--top-k",
             "top_p" => "--top-p",
-            "do_sample" => "--temperature",
             _ => "",
         };
         let instead = if option.is_empty() { String::new() } else { format!(", or choose with {option}") };

@@ -82,7 +82,7 @@ fn options_are_stronger_than_the_file() {
     };
     let drawn = of(all).unwrap();
     assert_eq!(drawn.choice, Choice::Drawn { seed: 8 });
-    let mut scores = [1.0, 2.0, 3.0];
+    let mut scores = vec![1.0, 2.0, 3.0];
     drawn.processors.process(&[], &mut scores);
     assert_eq!(scores, [f32::NEG_INFINITY, 4.0, 6.0]);
     for (without, key) in [

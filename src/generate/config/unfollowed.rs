@@ -99,6 +99,7 @@ fn is(value: &Value, neutral: &str) -> bool {
     match value {
         Value::Null => true,
         Value::Number(number) => number.as_f64() == neutral.parse().ok(),
-        other => other.to_string() == neutral,
+        Value::Bool(flag) => !flag && neutral == "false",
+        _ => false,
     }
 }

@@ -11,7 +11,9 @@ pub(crate) struct Temperature(pub(crate) f32);
 
 impl LogitsProcessor for Temperature {
     fn process(&self, _: &[i64], scores: &mut [f32]) {
-        scores.iter_mut().for_each(|score| *score /= self.0);
+        for score in scores {
+            *score /= self.0;
+        }
     }
 }
 
