@@ -103,7 +103,7 @@ TEXTS = [
     {"no_repeat_ngram_size": 1}, {"no_repeat_ngram_size": 2}, {"no_repeat_ngram_size": 3}, {"encoder_no_repeat_ngram_size": 1}, {"encoder_no_repeat_ngram_size": 2},
     {"repetition_penalty": 1.1}, {"repetition_penalty": 1.8}, {"encoder_repetition_penalty": 0.2},
     {"suppress_tokens": list(range(256, 700))}, {"suppress_tokens": list(range(3, 300))}, {"begin_suppress_tokens": list(range(256, 1200))},
-    {"bad_words_ids": [[i] for i in range(260, 500)]}, {"bad_words_ids": [[261, i] for i in range(2048)]}, {"bad_words_ids": [[1], [265], [270]]},
+    {"bad_words_ids": [[i] for i in range(260, 500)]}, {"bad_words_ids": [[261, i] for i in range(300, 2048)]}, {"bad_words_ids": [[1], [265], [270]]},
     {"sequence_bias": [[[300], 6.5]]}, {"sequence_bias": [[[i], -4.0] for i in range(257, 420)]}, {"sequence_bias": [[[50], 1000.0]]},
     {"min_new_tokens": 12, "eos_token_id": list(range(1, 600))}, {"min_new_tokens": 3, "eos_token_id": list(range(1, 600))}, {"min_length": 16, "eos_token_id": list(range(1, 900))},
     {"eos_token_id": list(range(1, 400))}, {"eos_token_id": [265, 260, 1]}, {"eos_token_id": None},
