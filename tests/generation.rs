@@ -1,4 +1,4 @@
-//! `generate` follows a generation_config.json as transformers does: what golden/generation recorded of it.
+//! `generate` follows a `generation_config.json` as transformers does: what golden/generation recorded of it.
 
 use std::error::Error;
 use std::fs;
@@ -22,7 +22,7 @@ fn program(arguments: &[&str]) -> TestResult<Output> {
     Ok(Command::new(env!("CARGO_BIN_EXE_hf2onnx")).args(arguments).output()?)
 }
 
-/// Builds kjv-llama, with this generation_config.json in place of its own.
+/// Builds kjv-llama, with this `generation_config.json` in place of its own.
 fn build(folder: &Path, generation: &Value) -> TestResult<(std::path::PathBuf, Output)> {
     let (repository, output) = (folder.join("repository"), folder.join("output"));
     fs::create_dir_all(&repository)?;
