@@ -17,7 +17,7 @@ use crate::error::{Code, Error, Result};
 use crate::graph::{Graph, Node};
 use crate::lower::{self, Cache, CacheScales, Lowered, Padding, Precision, Stored};
 use crate::opset::{Positions, Target};
-use crate::read::{Repository, hash_bytes};
+use crate::read::{Repository, check_token_ids, hash_bytes};
 use crate::recipe::{self, Calibrated, Quantization, Recipe};
 use crate::scaffold;
 use crate::stage::stage;
@@ -124,6 +124,7 @@ pub struct Compiled {
 /// Reads, describes, builds, lowers and binds a model.
 pub fn compile(options: &Options) -> Result<Compiled> {
     let mut repository = stage!("read", Repository::open(&options.repository))?;
+    check_token_ids(&repository.config, &options.repository.join("config.json"))?;
     let description = stage!("describe", {
         describe::choose(&repository.config, options.template.as_deref())
             .map_err(|error| scaffold::with_nearest(error, &mut repository))

@@ -1,6 +1,15 @@
 //! Text to tokens and back, and back again while the tokens still come.
 
+mod alphabet;
+mod decoding;
+mod stream;
+
 use std::path::Path;
+
+use tokenizers::Decoder as _;
+
+use decoding::ByteTokens;
+pub use stream::Stream;
 
 use crate::error::{Code, Error, Result};
 
@@ -43,7 +52,47 @@ impl Tokenizer {
 
     /// The text of tokens, without special ones.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
+        // tokenizers 0.23 panics where there is nothing to decode, with the decoder of the first GPT.
+        if !ids.iter().any(|id| self.token(*id).is_some()) {
+            return Ok(String::new());
+        }
         guarded(|| self.inner.decode(ids, true)).map_err(|found| unusable("the tokens", found))
+    }
+
+    /// What the decoder gets for a token: nothing for special tokens, and for those that there are not.
+    fn token(&self, id: u32) -> Option<String> {
+        let token = self.inner.id_to_token(id)?;
+        (!self.inner.get_added_vocabulary().is_special_token(&token)).then_some(token)
+    }
+
+    /// The bytes that a token stands for inside of a text, special tokens included: what transformers compares with
+    /// stop strings.
+    pub fn bytes(&self, id: u32) -> Result<Vec<u8>> {
+        let Some(token) = self.inner.id_to_token(id) else { return Ok(Vec::new()) };
+        let spelled = match self.inner.get_decoder().and_then(decoding::bytes_of) {
+            Some(ByteTokens::Numbers) => decoding::byte_token(&token).map(|byte| vec![byte]),
+            Some(ByteTokens::Letters) => alphabet::bytes(&token),
+            None => None,
+        };
+        match spelled {
+            Some(bytes) => Ok(bytes),
+            None => guarded(|| self.inside(token)).map_err(|found| unusable("the tokens", found)),
+        }
+    }
+
+    /// A token's text behind other tokens, where it keeps its space.
+    fn inside(&self, token: String) -> tokenizers::Result<Vec<u8>> {
+        const BEFORE: &str = "abcdef";
+        let Some(decoder) = self.inner.get_decoder() else { return Ok(format!(" {token}").into_bytes()) };
+        let before = self.inner.encode_fast(BEFORE, false)?;
+        let mut tokens: Vec<String> = before.get_ids().iter().filter_map(|id| self.inner.id_to_token(*id)).collect();
+        tokens.push(token.clone());
+        let text = decoder.decode(tokens)?;
+        match text.split_once(BEFORE) {
+            Some((_, text)) => Ok(text.into()),
+            // The tokenizer does not know these letters.
+            None => decoder.decode(vec![token]).map(String::into_bytes),
+        }
     }
 
     /// The token with a given text.
@@ -67,106 +116,5 @@ fn unusable(what: &str, found: String) -> Error {
         .help("put the repository's tokenizer.json into the directory")
 }
 
-/// Turns tokens into text as they come. A piece is held back until its characters are whole.
-#[derive(Debug)]
-pub struct Stream<'t> {
-    tokenizer: &'t Tokenizer,
-    ids: Vec<u32>,
-    /// Tokens before this one are printed and no longer needed as context.
-    context: usize,
-    /// Tokens before this one are printed.
-    printed: usize,
-}
-
-impl<'t> Stream<'t> {
-    /// A stream that continues a prompt: the prompt is context, and is not printed.
-    pub fn new(tokenizer: &'t Tokenizer, prompt: &[u32]) -> Self {
-        // A few tokens suffice: what a decoder does to a token depends on its neighbours only.
-        let ids: Vec<u32> = prompt.iter().rev().take(8).rev().copied().collect();
-        let printed = ids.len();
-        Self { tokenizer, ids, context: 0, printed }
-    }
-
-    /// Adds a token; returns the text that is complete now, perhaps none.
-    pub fn push(&mut self, id: u32) -> Result<String> {
-        self.ids.push(id);
-        let (before, now) = self.texts()?;
-        // A replacement character at the end is the first half of a character, or of a text that has one.
-        if now.len() <= before.len() || now.ends_with('\u{fffd}') {
-            return Ok(String::new());
-        }
-        self.context = self.printed;
-        self.printed = self.ids.len();
-        Ok(addition(&before, &now))
-    }
-
-    /// What was held back, at the end of the text.
-    pub fn finish(self) -> Result<String> {
-        let (before, now) = self.texts()?;
-        Ok(addition(&before, &now))
-    }
-
-    /// The text of the context with and without the tokens that are not printed.
-    fn texts(&self) -> Result<(String, String)> {
-        let printed = self.ids.get(self.context..self.printed).unwrap_or_default();
-        let all = self.ids.get(self.context..).unwrap_or_default();
-        Ok((self.tokenizer.decode(printed)?, self.tokenizer.decode(all)?))
-    }
-}
-
-/// What `now` has beyond `before`.
-fn addition(before: &str, now: &str) -> String {
-    now.get(before.len()..).unwrap_or_default().to_owned()
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// A byte-level tokenizer whose tokens are the 256 bytes, in the alphabet of GPT-2.
-    fn bytes() -> Tokenizer {
-        let printable = |b: u32| (33..=126).contains(&b) || (161..=172).contains(&b) || (174..=255).contains(&b);
-        let mut next = 256;
-        let mut vocabulary = serde_json::Map::new();
-        for byte in 0..256_u32 {
-            let letter = if printable(byte) { byte } else { next };
-            next += u32::from(!printable(byte));
-            vocabulary.insert(char::from_u32(letter).unwrap().to_string(), byte.into());
-        }
-        let level = serde_json::json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false});
-        let json = serde_json::json!({
-            "version": "1.0", "added_tokens": [{"id": 256, "content": "<end>", "special": true, "single_word": false,
-            "lstrip": false, "rstrip": false, "normalized": false}],
-            "pre_tokenizer": level, "decoder": level, "truncation": {"max_length": 2, "strategy": "LongestFirst", "stride": 0, "direction": "Right"},
-            "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
-        });
-        Tokenizer::from_json(json.to_string().as_bytes()).unwrap()
-    }
-
-    #[test]
-    fn a_character_is_printed_only_when_it_is_whole() {
-        let tokenizer = bytes();
-        let text = "naïve 🦀 漢字";
-        let ids = tokenizer.encode(text, false).unwrap();
-        assert_eq!(ids.len(), text.len(), "one token a byte, and the file's truncation is ignored");
-        let mut stream = Stream::new(&tokenizer, &tokenizer.encode("before ", false).unwrap());
-        let pieces: Vec<String> = ids.iter().map(|id| stream.push(*id).unwrap()).collect();
-        assert_eq!(pieces.concat(), text);
-        assert!(pieces.iter().all(|p| !p.contains('\u{fffd}')));
-        assert_eq!(pieces.iter().filter(|p| !p.is_empty()).count(), text.chars().count());
-        assert_eq!(stream.finish().unwrap(), "");
-    }
-
-    #[test]
-    fn what_never_becomes_whole_comes_at_the_end_and_special_tokens_not_at_all() {
-        let tokenizer = bytes();
-        let crab = tokenizer.encode("🦀", false).unwrap();
-        let mut stream = Stream::new(&tokenizer, &[]);
-        assert_eq!(stream.push(u32::from(b'a')).unwrap(), "a");
-        assert_eq!(stream.push(256).unwrap(), "");
-        assert_eq!(stream.push(crab[0]).unwrap(), "");
-        assert_eq!(stream.push(crab[1]).unwrap(), "");
-        assert!(stream.finish().unwrap().starts_with('\u{fffd}'));
-        assert_eq!(tokenizer.id("<end>"), Some(256));
-    }
-}
+mod tests;

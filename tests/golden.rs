@@ -14,7 +14,6 @@ use hf2onnx::build::Logits;
 use hf2onnx::compile::{Options, Weights};
 use hf2onnx::describe::Catalogue;
 use hf2onnx::element::ElementType;
-use hf2onnx::generate::sampling::Sampling;
 use hf2onnx::generate::{Settings, generate};
 use hf2onnx::golden::Golden;
 use hf2onnx::lower::Padding;
@@ -299,7 +298,7 @@ fn continuations(model: &Path, texts: &[serde_json::Value]) -> TestResult<Vec<St
         let ids = tokenizer.encode(prompt, true)?;
         let count = wanted.len() - ids.len();
         assert_eq!(count, 40, "{prompt}");
-        let settings = Settings { max_new_tokens: count, sampling: Sampling::greedy(), stop: Vec::new() };
+        let settings = Settings::greedy(count);
         let got = generate(&mut decoder, &tokenizer, &ids, &settings, &mut |_| true)?;
         if [got.prompt_ids, got.ids].concat() != wanted {
             complaints.push(format!("{prompt:?} is continued by {:?}", got.text));

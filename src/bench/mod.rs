@@ -17,7 +17,7 @@ use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Code, Error, Result};
-use crate::generate::defaults::Defaults;
+use crate::generate::config::GenerationConfig;
 use crate::runtime::Provider;
 use crate::session::{Decoder, Mark, Options, Row};
 
@@ -424,7 +424,7 @@ impl Plan {
         })?;
         let total = past.saturating_add(self.prompt_tokens).saturating_add(self.new_tokens);
         for dir in dirs {
-            if let Some(context) = Defaults::read(dir)?.context.filter(|context| *context < total) {
+            if let Some(context) = GenerationConfig::read(dir)?.context.filter(|context| *context < total) {
                 return Err(Error::new(Code::UsageInvalid, dir.display())
                     .found(format!(
                         "{past} tokens of --past, {} of the prompt, {} new ones",

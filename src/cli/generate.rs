@@ -9,19 +9,18 @@ use serde_json::json;
 use super::{Output, SessionOptions};
 use crate::error::{Code, Error, Result};
 use crate::generate::chat::ChatTemplate;
-use crate::generate::defaults::Defaults;
-use crate::generate::sampling::Sampling;
-use crate::generate::{Generated, Settings, generate};
+use crate::generate::config::{GenerationConfig, Overrides};
+use crate::generate::{Choice, Generated, generate};
 use crate::session::Decoder;
 use crate::tokenizer::Tokenizer;
 
-/// New tokens when neither the user nor the model says how many.
-const NEW_TOKENS: usize = 256;
-
 /// Continue a text with a built model.
 ///
-/// Tokens are the likeliest ones, unless `generation_config.json` or an option asks for sampling. The prompt and its
-/// continuation go to stdout as they come, the speed goes to stderr.
+/// Tokens are the likeliest ones, unless `generation_config.json` or an option asks for sampling. That file is followed
+/// as transformers' `generate` follows it: penalties, forbidden and forced tokens, lengths, stop strings, and when
+/// sampling temperature, top-k, top-p, min-p and the rest; what is not followed (beams, guidance, watermarks) is named on
+/// stderr. An option here is stronger than the file. The prompt and its continuation go to stdout as they come, the speed
+/// goes to stderr.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  hf2onnx generate out/kjv --prompt \"In the beginning\" --max-new-tokens 40\n  \
     hf2onnx generate out/qwen --chat --prompt \"Why is the sky blue?\" --temperature 0.7 --seed 1")]
@@ -34,16 +33,16 @@ pub(super) struct Generate {
     /// Put the prompt into the model's chat template
     #[arg(long)]
     chat: bool,
-    /// Longest continuation in tokens [default: the model's own, or 256]
+    /// Longest continuation in tokens [default: the model's own `max_new_tokens` or `max_length`, or 256]
     #[arg(long, value_name = "N")]
     max_new_tokens: Option<usize>,
-    /// Sample, with logits divided by this; 0 takes the likeliest token
+    /// Sample, with logits divided by this; 0 takes the likeliest token [default: the model's own]
     #[arg(long, value_name = "T", value_parser = at_least_zero)]
     temperature: Option<f32>,
-    /// Sample among the likeliest tokens whose probabilities add up to this
+    /// Sample among the likeliest tokens whose probabilities add up to this [default: the model's own, or 1]
     #[arg(long, value_name = "P", value_parser = share)]
     top_p: Option<f32>,
-    /// Sample among this many of the likeliest tokens; 0 is all
+    /// Sample among this many of the likeliest tokens; 0 is all [default: the model's own, or 50]
     #[arg(long, value_name = "K")]
     top_k: Option<usize>,
     /// Where the random numbers start [default: another one each time]
@@ -71,8 +70,12 @@ impl Generate {
         }
         let tokenizer = Tokenizer::open(&self.dir)?;
         let (text, prompt) = self.prompt_tokens(&tokenizer)?;
-        let defaults = Defaults::read(&self.dir)?;
-        let settings = self.settings(&defaults, prompt.len())?;
+        let config = GenerationConfig::read(&self.dir)?;
+        let overrides = self.overrides();
+        let settings = config.settings(&prompt, &overrides)?;
+        for note in config.notes(&overrides)? {
+            output.say(&note);
+        }
         self.session.ensure(output)?;
         let mut decoder = Decoder::open(&self.dir, &self.session.session())?;
         if !output.is_json() && !self.chat {
@@ -85,7 +88,8 @@ impl Generate {
             !output.is_closed()
         })?;
         if output.is_json() {
-            return output.value(&json!({ "prompt": text, "seed": settings.sampling.seed, "generated": generated }));
+            let seed = if let Choice::Drawn { seed } = settings.choice { seed } else { 0 };
+            return output.value(&json!({ "prompt": text, "seed": seed, "generated": generated }));
         }
         output.line("");
         output.say(&speed(&generated));
@@ -104,33 +108,11 @@ impl Generate {
         Ok((text, tokens))
     }
 
-    /// The options, with what the model says where they are left out.
-    fn settings(&self, defaults: &Defaults, prompt: usize) -> Result<Settings> {
-        let sample = match self.temperature {
-            Some(temperature) => temperature > 0.0,
-            None => self.top_p.is_some() || self.top_k.is_some() || defaults.sample,
-        };
-        let repetition_penalty = defaults.repetition_penalty.unwrap_or(1.0);
-        let sampling = if sample {
-            Sampling {
-                temperature: self.temperature.or(defaults.temperature).unwrap_or(1.0),
-                top_k: self.top_k.or(defaults.top_k).unwrap_or(0),
-                top_p: self.top_p.or(defaults.top_p).unwrap_or(1.0),
-                repetition_penalty,
-                seed: self.seed.unwrap_or_else(|| std::hash::RandomState::new().build_hasher().finish()),
-            }
-        } else {
-            Sampling { repetition_penalty, ..Sampling::greedy() }
-        };
-        let left = defaults.context.map_or(usize::MAX, |c| c.saturating_sub(prompt));
-        if left == 0 {
-            return Err(Error::new(Code::UsageInvalid, "the prompt")
-                .found(format!("{prompt} tokens"))
-                .expected(format!("fewer than the model's {}", defaults.context.unwrap_or(0)))
-                .help("shorten it"));
-        }
-        let wanted = self.max_new_tokens.or(defaults.max_new_tokens).unwrap_or(NEW_TOKENS);
-        Ok(Settings { max_new_tokens: wanted.min(left), sampling, stop: defaults.stop.clone() })
+    /// What the user chooses in place of the model.
+    fn overrides(&self) -> Overrides {
+        let Self { max_new_tokens, temperature, top_k, top_p, chat, .. } = *self;
+        let seed = self.seed.unwrap_or_else(|| std::hash::RandomState::new().build_hasher().finish());
+        Overrides { max_new_tokens, temperature, top_k, top_p, seed, chat }
     }
 }
 

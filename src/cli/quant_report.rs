@@ -12,7 +12,7 @@ use crate::calibrate::{self, Text};
 use crate::compile::{self, KvCache, Weights, compile};
 use crate::element::ElementType;
 use crate::error::{Code, Error, Result};
-use crate::generate::defaults::Defaults;
+use crate::generate::config::GenerationConfig;
 use crate::golden::Golden;
 use crate::lower::Padding;
 use crate::opset::Target;
@@ -223,7 +223,7 @@ impl QuantReport {
         let golden = if golden.is_file() { Some(Golden::read(&golden)?) } else { None };
         let recorded = golden.as_ref().and_then(Golden::evaluation).filter(|evaluation| evaluation.text.is_file());
         let window = recorded.as_ref().and_then(|evaluation| evaluation.window).unwrap_or(WINDOW);
-        let window = window.min(Defaults::read(repository)?.context.unwrap_or(window));
+        let window = window.min(GenerationConfig::read(repository)?.context.unwrap_or(window));
         let tokens = match (self.text.clone().or(recorded.map(|evaluation| evaluation.text)), golden) {
             (Some(text), _) => {
                 let windows = text_windows(&Tokenizer::open(repository)?, &text, window)?;

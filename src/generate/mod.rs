@@ -2,8 +2,10 @@
 
 mod bounds;
 pub mod chat;
-pub mod defaults;
-pub mod sampling;
+pub mod config;
+pub mod logits;
+mod sampling;
+mod stop;
 
 use std::time::{Duration, Instant};
 
@@ -12,7 +14,11 @@ use serde::Serialize;
 use crate::error::{Code, Error, Result};
 use crate::session::Decoder;
 use crate::tokenizer::{Stream, Tokenizer};
-use sampling::{Sampler, Sampling};
+use logits::{LogitsProcessor as _, LogitsProcessors};
+pub use sampling::Choice;
+use sampling::Chooser;
+pub use stop::Stop;
+use stop::StopCheck;
 
 /// New tokens that the caches have room for at first.
 const ROOM: usize = 256;
@@ -22,20 +28,32 @@ const ROOM: usize = 256;
 pub struct Settings {
     /// Longest continuation in tokens.
     pub max_new_tokens: usize,
-    /// How tokens are chosen.
-    pub sampling: Sampling,
-    /// Tokens that end the text.
-    pub stop: Vec<u32>,
+    /// What is done to the scores of each token.
+    pub processors: LogitsProcessors,
+    /// How tokens are chosen by their scores.
+    pub choice: Choice,
+    /// What ends the text.
+    pub stop: Stop,
+}
+
+impl Settings {
+    /// So many of the likeliest tokens, whatever they are.
+    pub fn greedy(max_new_tokens: usize) -> Self {
+        let (processors, stop) = (LogitsProcessors::default(), Stop::default());
+        Self { max_new_tokens, processors, choice: Choice::Likeliest, stop }
+    }
 }
 
 /// Why a text ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Finish {
-    /// A stop token came.
+    /// A token or a string came that ends it.
     Stop,
     /// It reached its longest length.
     Length,
+    /// It took as long as it may.
+    Time,
     /// Whoever received the text wanted no more.
     Cancelled,
 }
@@ -73,26 +91,28 @@ pub fn generate(
         return Err(Error::new(Code::UsageInvalid, "the prompt").found("no tokens").expected("one token at least"));
     }
     check_tokens(decoder, prompt)?;
-    let mut sampler = Sampler::new(settings.sampling);
-    let mut stream = Stream::new(tokenizer, prompt);
+    let mut chooser = Chooser::new(settings.choice);
+    let mut stop = StopCheck::new(&settings.stop, tokenizer, prompt)?;
+    let mut stream = Stream::new(tokenizer, prompt)?;
     let mut row = decoder.row(prompt.len().saturating_add(settings.max_new_tokens.min(ROOM)), true)?;
     let mut all: Vec<i64> = prompt.iter().copied().map(i64::from).collect();
     let (mut from, mut text, mut finish) = (0, String::new(), Finish::Length);
     let (start, mut first) = (Instant::now(), None);
     while all.len() - prompt.len() < settings.max_new_tokens {
-        let logits = decoder.extend(&mut row, all.get(from..).unwrap_or_default())?;
+        let mut scores = decoder.extend(&mut row, all.get(from..).unwrap_or_default())?;
         from = all.len();
-        let token = u32::try_from(sampler.next(logits, &all)).unwrap_or(u32::MAX);
+        settings.processors.process(&all, &mut scores);
+        let token = chooser.next(&scores).and_then(|token| u32::try_from(token).ok()).ok_or_else(nothing_left)?;
         first.get_or_insert_with(|| start.elapsed());
         all.push(i64::from(token));
-        if settings.stop.contains(&token) {
-            finish = Finish::Stop;
-            break;
-        }
         let piece = stream.push(token)?;
         text += &piece;
         if !piece.is_empty() && !on_text(&piece) {
             finish = Finish::Cancelled;
+            break;
+        }
+        if let Some(reason) = stop.push(token, start.elapsed())? {
+            finish = reason;
             break;
         }
     }
@@ -129,6 +149,13 @@ fn check_tokens(decoder: &Decoder, prompt: &[u32]) -> Result<()> {
     }
 }
 
+fn nothing_left() -> Error {
+    Error::new(Code::ConfigInvalid, "the next token's scores")
+        .found("no token that the settings of generation_config.json leave")
+        .expected("one token at least")
+        .help("forbid fewer tokens: suppress_tokens, bad_words_ids, no_repeat_ngram_size")
+}
+
 fn rate(tokens: usize, time: Duration) -> f64 {
     let tokens = f64::from(u32::try_from(tokens).unwrap_or(u32::MAX));
     if time.is_zero() { 0.0 } else { tokens / time.as_secs_f64() }
@@ -158,7 +185,7 @@ mod tests {
         let mut decoder = Decoder::open(folder.path(), &Options::default()).unwrap();
         let tokenizer = letters();
         let prompt = tokenizer.encode("cab", true).unwrap();
-        let mut settings = Settings { max_new_tokens: 12, sampling: Sampling::greedy(), stop: vec![] };
+        let mut settings = Settings::greedy(12);
         let mut streamed = String::new();
         let mut keep = |piece: &str| {
             streamed += piece;
@@ -174,11 +201,11 @@ mod tests {
             let again = generate(&mut decoder, &tokenizer, &before, &one, &mut |_| true).unwrap();
             assert_eq!(again.ids, [*id]);
         }
-        settings.stop = vec![u32::try_from(all.ids[4]).unwrap()];
+        settings.stop.tokens = vec![u32::try_from(all.ids[4]).unwrap()];
         let stopped = generate(&mut decoder, &tokenizer, &prompt, &settings, &mut |_| true).unwrap();
         let end = all.ids.iter().position(|i| i == &all.ids[4]).unwrap();
         assert_eq!((stopped.finish, stopped.ids.as_slice()), (Finish::Stop, &all.ids[..=end]));
-        settings.stop = vec![];
+        settings.stop.tokens = vec![];
         let cancelled = generate(&mut decoder, &tokenizer, &prompt, &settings, &mut |_| false).unwrap();
         assert_eq!((cancelled.finish, cancelled.ids.len()), (Finish::Cancelled, 1));
         let beyond = generate(&mut decoder, &tokenizer, &[2, 16], &settings, &mut |_| true).unwrap_err();

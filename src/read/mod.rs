@@ -5,6 +5,7 @@
 
 mod checkpoint;
 mod file;
+mod generation;
 mod hash;
 mod header;
 mod json;
@@ -18,6 +19,7 @@ use serde_json::{Map, Value};
 
 pub use crate::element::StoredType;
 pub use checkpoint::{Checkpoint, ShardFile, TensorInfo};
+pub(crate) use generation::{GENERATION_KEYS, check_token_ids, from_model_config, token_numbers, whole};
 pub use hash::{FileHash, hash_files};
 pub(crate) use hash::{file_name, hash_bytes, hash_file, hex};
 pub use header::safetensors_header;

@@ -10,7 +10,7 @@ use super::genai::genai_config;
 use super::tokenizer::copy_tokenizer;
 use crate::element::ElementType;
 use crate::error::{Error, Result};
-use crate::read::{Repository, contained};
+use crate::read::{Repository, contained, from_model_config};
 
 /// What consumers have to know of the written model.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -67,14 +67,13 @@ pub fn write_consumer_files(repository: &Repository, signature: &Signature, dire
     } else {
         write("generation_config.json", &generation_config(&repository.config))?;
     }
-    let genai = genai_config(repository, signature)?;
+    let (genai, mut notes) = genai_config(repository, signature);
     write("genai_config.json", &genai)?;
     let tokenizer = copy_tokenizer(&repository.dir, directory)?;
     let mut written: Vec<String> =
         ["config.json", "generation_config.json", "genai_config.json"].map(str::to_owned).into();
     written.extend(tokenizer.iter().cloned());
     written.sort();
-    let mut notes = Vec::new();
     if tokenizer.is_empty() {
         notes.push("the repository has no tokenizer: consumers need its files beside the model".into());
     }
@@ -125,11 +124,7 @@ fn config(source: &Map<String, Value>, signature: &Signature) -> Map<String, Val
 fn generation_config(config: &Map<String, Value>) -> Value {
     let mut generation = Map::new();
     generation.insert("_from_model_config".into(), true.into());
-    for key in ["bos_token_id", "eos_token_id", "pad_token_id"] {
-        if let Some(value) = config.get(key).filter(|value| !value.is_null()) {
-            generation.insert(key.into(), value.clone());
-        }
-    }
+    generation.extend(from_model_config(config));
     generation.into()
 }
 

@@ -1,7 +1,6 @@
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)]
 
 use super::*;
-use crate::error::Code;
 use crate::read::json_file;
 use tempfile::TempDir;
 
@@ -67,7 +66,11 @@ fn generation_settings() {
     assert_eq!(files.written, ["config.json", "genai_config.json", "generation_config.json"]);
     assert!(files.tokenizer.is_empty());
     assert!(files.notes.iter().all(|note| note.contains("tokenizer")) && files.notes.len() == 1);
-    assert_eq!(read("generation_config.json"), json!({"_from_model_config": true, "eos_token_id": 1}));
+    // The settings of old repositories stay what transformers takes them for.
+    assert_eq!(
+        read("generation_config.json"),
+        json!({"_from_model_config": true, "eos_token_id": 1, "temperature": 0.5})
+    );
     assert_eq!(read("genai_config.json")["search"]["temperature"], 0.5);
 
     let generation = json!({"eos_token_id": [7, 1], "bos_token_id": 3, "top_k": null, "top_p": 0.9, "do_sample": true});
@@ -79,12 +82,61 @@ fn generation_settings() {
     assert_eq!((&genai["model"]["bos_token_id"], &genai["model"]["pad_token_id"]), (&json!(3), &json!(7)));
     assert_eq!((&genai["search"]["top_k"], &genai["search"]["top_p"]), (&json!(50), &json!(0.9)));
     assert_eq!(genai["search"]["do_sample"], true);
+}
 
-    for wrong in [json!({"top_k": "50"}), json!({"temperature": [1]}), json!({"do_sample": 1}), json!({"top_k": -1})] {
-        let files = [("config.json", config.clone()), ("generation_config.json", wrong)];
-        let error = written(&files, &signature()).map(|_| ()).unwrap_err();
-        assert_eq!(error.code, Code::ConfigInvalid);
-        assert!(error.subject.contains("generation_config.json: key `"), "{error}");
+/// A hint of a wrong form stops no build: it is said, and genai gets what it can read.
+#[test]
+fn hints_that_are_none() {
+    let config = json!({"eos_token_id": 1});
+    let cases = [
+        (json!({"top_k": -1}), "top_k", json!(0)),
+        (json!({"top_k": "50"}), "top_k", json!(50)),
+        (json!({"top_k": 1.5}), "top_k", json!(50)),
+        (json!({"top_k": 4096}), "top_k", json!(50)),
+        (json!({"temperature": [1]}), "temperature", json!(1.0)),
+        (json!({"temperature": "0.7", "do_sample": true}), "temperature", json!(1.0)),
+        (json!({"temperature": -0.5}), "temperature", json!(1.0)),
+        (json!({"temperature": {"__float__": "Infinity"}}), "temperature", json!(1.0)),
+        (json!({"do_sample": 1}), "do_sample", json!(false)),
+        (json!({"do_sample": "true"}), "do_sample", json!(false)),
+        (json!({"top_p": 1.5}), "top_p", json!(1.0)),
+        (json!({"repetition_penalty": 0}), "repetition_penalty", json!(1.0)),
+        (json!({"no_repeat_ngram_size": -1}), "no_repeat_ngram_size", json!(0)),
+        (json!({"num_beams": 0}), "num_beams", json!(1)),
+        (json!({"num_return_sequences": 3, "num_beams": 2}), "num_return_sequences", json!(1)),
+        (json!({"length_penalty": {}}), "length_penalty", json!(1.0)),
+    ];
+    for (generation, key, expected) in cases {
+        let files = [("config.json", config.clone()), ("generation_config.json", generation.clone())];
+        let (files, read) = written(&files, &signature()).unwrap();
+        assert_eq!(read("genai_config.json")["search"][key], expected, "{generation}");
+        let said =
+            files.notes.iter().filter(|note| note.starts_with(&format!("generation_config.json: key `{key}` is ")));
+        assert_eq!(said.count(), 1, "{generation}: {:?}", files.notes);
+        assert_eq!(read("generation_config.json"), generation, "the file is the repository's");
+    }
+    let right = json!({"top_k": 20.0, "temperature": 0, "top_p": 1, "num_beams": 4, "num_return_sequences": 4});
+    let (files, read) = written(&[("config.json", config), ("generation_config.json", right)], &signature()).unwrap();
+    let search = &read("genai_config.json")["search"];
+    assert_eq!((&search["top_k"], &search["num_return_sequences"]), (&json!(20), &json!(4)));
+    assert!(!files.notes.iter().any(|note| note.contains("key `")), "{:?}", files.notes);
+}
+
+/// transformers loads a model with them, and refuses to generate.
+#[test]
+fn token_ids_of_a_wrong_form() {
+    let tokenizer = [
+        ("tokenizer.json", json!({"added_tokens": [{"id": 5, "content": "<end>"}], "model": {}})),
+        ("tokenizer_config.json", json!({"eos_token": "<end>"})),
+    ];
+    for wrong in [json!("2"), json!(true), json!([2, "3"]), json!({"a": 1}), json!([[2]]), json!(2.5)] {
+        let generation = json!({"eos_token_id": wrong.clone(), "pad_token_id": 3.0});
+        let mut files = vec![("config.json", json!({"eos_token_id": 2})), ("generation_config.json", generation)];
+        files.extend(tokenizer.clone());
+        let (notes, read) = written(&files, &signature()).map(|(files, read)| (files.notes, read)).unwrap();
+        let model = &read("genai_config.json")["model"];
+        assert_eq!((&model["eos_token_id"], &model["pad_token_id"]), (&json!([5, 2]), &json!(3)));
+        assert!(notes.len() == 1 && notes[0].contains(&format!("`eos_token_id` is {wrong}")), "{notes:?}");
     }
 }
 
