@@ -97,7 +97,7 @@ fn listen(timings: Option<Timings>) {
     tracing_subscriber::registry().with(words).with(stages).init();
 }
 
-/// False for what RUST_LOG shall not show: below `info`, what speaks with servers prints whole requests, the token
+/// False for what `RUST_LOG` shall not show: below `info`, what speaks with servers prints whole requests, the token
 /// among them.
 fn is_discreet(metadata: &tracing::Metadata<'_>) -> bool {
     let library = metadata.target().split("::").next().unwrap_or_default();

@@ -90,7 +90,11 @@ impl CudaSearch {
     pub fn of(library: Option<&Path>, cache: &Path) -> Self {
         let beside = library.and_then(|path| path.ancestors().nth(3)).map(|packages| packages.join("nvidia"));
         let own = cache.join(Provider::Cuda.pinned().folder()).join("nvidia");
-        let packages = beside.into_iter().chain([own]).chain(ask_pythons("nvidia").into_iter().filter(|folder| !outside::is_inside(folder))).collect();
+        let packages = beside
+            .into_iter()
+            .chain([own])
+            .chain(ask_pythons("nvidia").into_iter().filter(|folder| !outside::is_inside(folder)))
+            .collect();
         let beside = library.and_then(Path::parent).map(Path::to_path_buf);
         let roots = ["CUDA_PATH", "CUDA_HOME"].iter().filter_map(env::var_os).map(PathBuf::from);
         let roots = roots.chain(["/usr/local/cuda-13", "/usr/local/cuda"].map(PathBuf::from));

@@ -92,7 +92,8 @@ pub(super) struct Work {
 
 impl Work {
     pub(super) fn new(cache: &Path) -> Result<Self> {
-        let folder = tempfile::Builder::new().prefix(".install-").tempdir_in(cache).map_err(|e| Error::io(cache, &e))?;
+        let folder =
+            tempfile::Builder::new().prefix(".install-").tempdir_in(cache).map_err(|e| Error::io(cache, &e))?;
         Ok(Self { _ending: interrupt::remove_at_end(folder.path()), folder })
     }
 

@@ -41,9 +41,15 @@ pub(super) fn program(name: &str) -> Option<PathBuf> {
     program_in(&env::var_os("PATH")?, name)
 }
 
+/// The folders of a path that lie outside.
+fn outer_folders(path: &OsStr) -> impl Iterator<Item = PathBuf> {
+    env::split_paths(path).filter(|folder| !is_inside(folder))
+}
+
 fn program_in(path: &OsStr, name: &str) -> Option<PathBuf> {
-    let folders = env::split_paths(path).filter(|folder| !folder.as_os_str().is_empty() && !is_inside(folder));
-    folders.map(|folder| folder.join(format!("{name}{}", env::consts::EXE_SUFFIX))).find(|file| is_program(file))
+    outer_folders(path)
+        .map(|folder| folder.join(format!("{name}{}", env::consts::EXE_SUFFIX)))
+        .find(|file| is_program(file))
 }
 
 #[cfg(unix)]
@@ -70,6 +76,10 @@ pub(super) fn command(program: &Path, work: &Path) -> Command {
     for (name, _) in env::vars_os().filter(|(name, _)| name.as_encoded_bytes().starts_with(b"PYTHON")) {
         command.env_remove(name);
     }
+    // What it runs comes from outside as well.
+    if let Ok(path) = env::join_paths(outer_folders(&env::var_os("PATH").unwrap_or_default())) {
+        command.env("PATH", path);
+    }
     command.env("PYTHONDONTWRITEBYTECODE", "1").envs(["TMPDIR", "TEMP", "TMP"].map(|name| (name, work)));
     command.current_dir(work).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command
@@ -82,8 +92,9 @@ pub(super) fn output(command: &mut Command) -> io::Result<Output> {
     let child = Arc::new(Mutex::new(child));
     let killed = Arc::clone(&child);
     let ending = interrupt::at_end(move || {
+        let mut child = killed.lock().unwrap_or_else(PoisonError::into_inner);
         // It may have ended by itself.
-        let _ = killed.lock().unwrap_or_else(PoisonError::into_inner).kill();
+        let _ = child.kill().and_then(|()| child.wait());
     });
     let errors = std::thread::spawn(move || words(stderr));
     let stdout = words(stdout);

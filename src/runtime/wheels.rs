@@ -128,7 +128,8 @@ fn pip(arguments: &[&OsStr], work: &Path) -> Result<(), String> {
 fn pips() -> impl Iterator<Item = (String, PathBuf, Vec<OsString>)> {
     let isolated = ["-I", "-B", "-m", "pip"].map(OsString::from).to_vec();
     let modules = pythons().map(move |(name, program)| (format!("{name} -m pip"), program, isolated.clone()));
-    let programs = ["pip3", "pip"].into_iter().filter_map(|name| Some((name.to_owned(), outside::program(name)?, vec![])));
+    let programs =
+        ["pip3", "pip"].into_iter().filter_map(|name| Some((name.to_owned(), outside::program(name)?, vec![])));
     modules.chain(programs)
 }
 
