@@ -10,11 +10,12 @@ use std::path::{Path, PathBuf};
 type TestResult<T = ()> = Result<T, Box<dyn Error>>;
 
 /// The modules in the order of the pipeline: each may use those before it.
-const PIPELINE: [&str; 36] = [
+const PIPELINE: [&str; 37] = [
     "error",
     "guard",
     "stage",
     "interrupt",
+    "regular",
     "element",
     "encoding",
     "onnx",
