@@ -77,7 +77,7 @@ impl Inspect {
 /// What is known of a model that does not build: its sizes are what the user needs to find out why.
 fn describe_anyhow(options: &Options, error: Error, output: &mut Output) -> Error {
     let known = || {
-        let config = Repository::open(&options.repository).ok()?.config;
+        let config = Repository::open_with(&options.repository, options.adapter).ok()?.config;
         let template = describe::choose(&config, options.template.as_deref()).ok()?;
         let description = describe::describe(&template, &config, &options.allowed_keys).ok()?;
         serde_json::to_value(&description.spec).ok()

@@ -53,7 +53,7 @@ impl Defaults {
 }
 
 fn read_json(path: &Path) -> Result<Json> {
-    match std::fs::read(path) {
+    match crate::regular::read(path, crate::regular::CONFIGURATION) {
         Ok(bytes) => serde_json::from_slice(&bytes)
             .map_err(|e| Error::new(Code::ConfigInvalid, path.display()).found(e).expected("JSON")),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Json::Null),

@@ -45,8 +45,19 @@ pub struct Repository {
 
 impl Repository {
     /// Opens a repository: reads its configuration and the headers of its weights.
+    ///
+    /// # Errors
+    /// A file that is missing or broken, or an adapter beside the model.
     pub fn open(dir: &Path) -> Result<Self> {
+        Self::open_with(dir, Adapter::Refuse)
+    }
+
+    /// As [`Repository::open`]; an adapter beside the model may be ignored.
+    pub fn open_with(dir: &Path, adapter: Adapter) -> Result<Self> {
         check_directory(dir)?;
+        if adapter == Adapter::Refuse {
+            refuse_adapter(dir)?;
+        }
         let mut config = match dir.join("config.json").symlink_metadata() {
             Ok(_) => json_file(&contained(dir, "config.json")?)?,
             Err(_) => return Err(config_missing(dir)),
@@ -68,6 +79,15 @@ impl Repository {
         self.settings.decode(&mut self.checkpoint, shapes)
     }
 
+    /// The adapter beside the model that was not applied.
+    pub(crate) fn ignored_adapter(&self) -> Result<Option<FileHash>> {
+        if !has_adapter(&self.dir) {
+            return Ok(None);
+        }
+        let hash = hash_files(&[contained(&self.dir, ADAPTER)?])?;
+        Ok(hash.into_iter().next())
+    }
+
     /// The files that say what the model is and how its weights are stored.
     pub fn configurations(&self) -> Vec<PathBuf> {
         let names = std::iter::once("config.json").chain(self.settings.files());
@@ -78,6 +98,39 @@ impl Repository {
     pub fn storage_keys(&self) -> impl Iterator<Item = (String, &Value)> {
         self.settings.taken()
     }
+}
+
+/// What an adapter beside the model means: transformers applies it where peft is installed, and does not where it is
+/// not; whether it is in the weights already only the user knows.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Adapter {
+    /// It is an error.
+    #[default]
+    Refuse,
+    /// The weights are taken as they are.
+    Ignore,
+}
+
+/// The file by which transformers knows an adapter. Weights without it change nothing.
+const ADAPTER: &str = "adapter_config.json";
+
+/// True if an adapter lies beside the model.
+pub(crate) fn has_adapter(dir: &Path) -> bool {
+    dir.join(ADAPTER).symlink_metadata().is_ok()
+}
+
+fn refuse_adapter(dir: &Path) -> Result<()> {
+    // Without a model of its own it is the missing weights that are told of.
+    if !has_adapter(dir) || !locate::has_model(dir)? {
+        return Ok(());
+    }
+    Err(Error::new(Code::WeightsAmbiguous, dir.join(ADAPTER).display())
+        .found("an adapter beside the model")
+        .expected("one set of weights: transformers changes the model by the adapter where peft is installed")
+        .help(
+            "merge it first (`merge_and_unload` in peft, then save the model elsewhere), or pass --ignore-adapter to take \
+             the model's own weights as they are",
+        ))
 }
 
 fn check_directory(dir: &Path) -> Result<()> {
