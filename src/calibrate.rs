@@ -235,7 +235,7 @@ fn refused(site: &Site, reason: &str) -> Error {
 
 /// The start of a text in windows, each with what the tokenizer puts before a prompt; and its tokens.
 fn windows(tokenizer: &Tokenizer, text: &Text, window: usize) -> Result<(Vec<Vec<i64>>, usize)> {
-    let content = std::fs::read_to_string(text.path).map_err(|e| Error::io(text.path, &e))?;
+    let content = crate::regular::read_text(text.path, crate::regular::TEXT).map_err(|e| Error::io(text.path, &e))?;
     let most = text.tokens.saturating_mul(BYTES_PER_TOKEN);
     let end = (0..=most.min(content.len())).rev().find(|end| content.is_char_boundary(*end));
     let ids = tokenizer.encode(content.get(..end.unwrap_or(0)).unwrap_or(&content), false)?;

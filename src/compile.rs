@@ -17,7 +17,7 @@ use crate::error::{Code, Error, Result};
 use crate::graph::{Graph, Node};
 use crate::lower::{self, Cache, CacheScales, Lowered, Padding, Precision, Stored};
 use crate::opset::{Positions, Target};
-use crate::read::{Repository, check_token_ids, hash_bytes};
+use crate::read::{Adapter, Repository, check_token_ids, hash_bytes};
 use crate::recipe::{self, Calibrated, Quantization, Recipe};
 use crate::scaffold;
 use crate::stage::stage;
@@ -30,6 +30,8 @@ use manifest::Manifest;
 pub struct Options {
     /// The repository's directory.
     pub repository: PathBuf,
+    /// Whether an adapter beside the model may be there.
+    pub adapter: Adapter,
     /// A template of the user's own.
     pub template: Option<PathBuf>,
     /// The operators that exist.
@@ -123,7 +125,7 @@ pub struct Compiled {
 
 /// Reads, describes, builds, lowers and binds a model.
 pub fn compile(options: &Options) -> Result<Compiled> {
-    let mut repository = stage!("read", Repository::open(&options.repository))?;
+    let mut repository = stage!("read", Repository::open_with(&options.repository, options.adapter))?;
     check_token_ids(&repository.config, &options.repository.join("config.json"))?;
     let description = stage!("describe", {
         describe::choose(&repository.config, options.template.as_deref())
@@ -240,8 +242,9 @@ pub fn write_calibrated(
     }
     let (calibration, record) = calibration.unzip();
     let proto = stage!("encode", compiled.encode(options));
-    write::check_space(output, compiled.layout.written_bytes().saturating_add(proto.len() as u64))?;
+    // Before room is asked for: where nothing can be made, there is none.
     let staging = Staging::new(output, force)?;
+    write::check_space(output, compiled.layout.written_bytes().saturating_add(proto.len() as u64))?;
     let folder = staging.path().join("onnx");
     fs::create_dir_all(&folder).map_err(|error| Error::io(&folder, &error))?;
     let name = compiled.file_name(options);

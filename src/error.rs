@@ -25,6 +25,8 @@ pub enum Code {
     ConfigUnsupported,
     /// The repository holds no safetensors weights.
     WeightsMissing,
+    /// What the weights are depends on who loads them.
+    WeightsAmbiguous,
     /// The index names a shard that is not there.
     ShardMissing,
     /// A safetensors file is cut short or its header contradicts the file.
@@ -95,6 +97,7 @@ impl Code {
             Self::ConfigMissingKey => "config-missing-key",
             Self::ConfigUnsupported => "config-unsupported",
             Self::WeightsMissing => "weights-missing",
+            Self::WeightsAmbiguous => "weights-ambiguous",
             Self::ShardMissing => "shard-missing",
             Self::WeightsCorrupt => "weights-corrupt",
             Self::TensorMissing => "tensor-missing",
@@ -189,6 +192,7 @@ impl Error {
             Kind::StorageFull | Kind::QuotaExceeded | Kind::FileTooLarge => {
                 ("room for the file", "free some disk space, or lift its limits, and run again")
             }
+            Kind::NotSeekable => ("a regular file", "put the file itself in its place, or remove it"),
             _ => ("", ""),
         };
         Self::new(Code::Io, path.display()).found(error).expected(expected).help(help)

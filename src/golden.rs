@@ -3,7 +3,6 @@
 mod halves;
 
 use std::collections::HashMap;
-use std::fs;
 use std::path::{Component, Path, PathBuf};
 
 use safetensors::tensor::TensorView;
@@ -61,7 +60,7 @@ impl Golden {
     /// Reads a golden; a directory stands for the `golden.safetensors` in it.
     pub fn read(path: &Path) -> Result<Self> {
         let path = if path.is_dir() { path.join("golden.safetensors") } else { path.to_path_buf() };
-        let bytes = fs::read(&path).map_err(|e| {
+        let bytes = crate::regular::read(&path, crate::regular::GOLDEN).map_err(|e| {
             Error::new(Code::GoldenInvalid, path.display())
                 .found(e)
                 .expected("a golden, as golden/record.py records it")
@@ -245,6 +244,7 @@ fn floats(name: &str, view: &TensorView<'_>) -> Result<Floats, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
 
     type Part = (&'static str, Dtype, Vec<usize>, Vec<u8>);
 

@@ -27,9 +27,8 @@
 //! [`opset`] the operators and targets as data, [`onnx`] the file format's messages; [`runtime`] finds onnxruntime, and
 //! for a GPU CUDA's libraries, [`session`] runs a built directory on either and tells where its nodes run, [`generate`]
 //! continues text with it, [`bench`] measures it, [`quant_report`] compares ways to quantise, [`diff`] compares two
-//! directories, [`synth`] makes random checkpoints of a model's shapes, [`interrupt`] hears Ctrl-C, [`patterns`] are
-//! the names that a user lets pass, [`cli`] is the
-//! program.
+//! directories, [`synth`] makes random checkpoints of a model's shapes, [`interrupt`] hears Ctrl-C, [`patterns`] are the
+//! names that a user lets pass, `regular` opens files that others wrote, [`cli`] is the program.
 //!
 //! # Invariants
 //!
@@ -88,6 +87,7 @@ pub mod quant_report;
 pub mod quantize;
 pub mod read;
 pub mod recipe;
+mod regular;
 pub mod runtime;
 pub mod scaffold;
 pub mod session;

@@ -12,6 +12,7 @@ use decoding::ByteTokens;
 pub use stream::Stream;
 
 use crate::error::{Code, Error, Result};
+use crate::regular;
 
 /// The tokenizer of a directory.
 #[derive(Debug)]
@@ -29,7 +30,7 @@ impl Tokenizer {
                 .expected("a tokenizer.json as the tokenizers library writes it")
                 .help("put the repository's tokenizer.json into the directory")
         };
-        let bytes = std::fs::read(&path).map_err(|e| failed(e.to_string()))?;
+        let bytes = regular::read(&path, regular::TOKENIZER).map_err(|e| failed(e.to_string()))?;
         Self::from_json(&bytes).map_err(failed)
     }
 

@@ -13,7 +13,7 @@ use common::hub::{COMMIT, Hub};
 use common::models::{build_with, options};
 use common::{Case, TestResult, kjv_llama};
 use hf2onnx::error::{Code, Error};
-use hf2onnx::hub::{Id, Settings, Watch, directory, snapshot};
+use hf2onnx::hub::{Clock, Id, Settings, Watch, directory, snapshot};
 
 const MODEL: &str = "model.safetensors";
 
@@ -138,6 +138,38 @@ fn a_download_that_gave_up_is_resumed_by_the_next_run() -> TestResult {
     let ranges: Vec<_> = from_store(&hub).into_iter().skip(before).map(|request| request.range).collect();
     assert_eq!(ranges, [Some("bytes=7000-".to_owned())]);
     assert_eq!(fs::read(dir.join(MODEL))?, hub.model().files[MODEL]);
+    Ok(())
+}
+
+/// A clock that goes on by two seconds whenever it is looked at.
+fn hasty() -> Clock {
+    let now = std::sync::atomic::AtomicU64::new(0);
+    Clock::new(move || Duration::from_secs(now.fetch_add(2, std::sync::atomic::Ordering::Relaxed)))
+}
+
+#[test]
+fn a_server_that_trickles_is_given_up() -> TestResult {
+    for file in [MODEL, "config.json", "/revision/main"] {
+        let (hub, _cache, settings) = kjv()?;
+        hub.model().trickle = Some(file.to_owned());
+        // Two seconds for each byte, were it not for the clock.
+        let error = fetch("org/kjv", &Settings { clock: hasty(), at_once: 1, ..settings }).expect_err("too slow");
+        assert_eq!(error.code, Code::HubUnreachable, "{file}: {error}");
+        assert!(error.found.contains("less than 1000 a second"), "{file}: {error}");
+        let asked = hub.log().iter().filter(|request| request.path.contains(file)).count();
+        // The store is asked once for each time that the hub is.
+        assert!((5..=10).contains(&asked), "{file}: {asked} requests");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_server_that_hangs_up_after_each_byte_is_given_up() -> TestResult {
+    let (hub, _cache, settings) = kjv()?;
+    hub.model().cut.insert(MODEL.to_owned(), vec![1; 1000]);
+    let error = fetch("org/kjv", &Settings { clock: hasty(), ..settings }).expect_err("a byte for each connection");
+    assert_eq!(error.code, Code::HubUnreachable, "{error}");
+    assert_eq!(from_store(&hub).len(), 5);
     Ok(())
 }
 
@@ -353,5 +385,58 @@ fn the_program_builds_inspects_and_scaffolds_a_model_of_the_hub() -> TestResult 
         let ran = run(&[command, "org/kjv@v1"], &hub, cache.path(), &offline)?;
         assert!(ran.status.success(), "{}", String::from_utf8_lossy(&ran.stderr));
     }
+    Ok(())
+}
+
+#[test]
+fn no_filter_shows_the_token() -> TestResult {
+    // Long enough to fill a row of a dump of bytes, wherever it starts in one.
+    let token = "q".repeat(48);
+    for filter in [
+        "trace",
+        "ureq_proto=trace",
+        "ureq_proto::util=trace,ureq=trace,debug",
+        "log=trace,[]=trace",
+        "[{x}]=trace,trace",
+    ] {
+        let (hub, cache, _) = kjv()?;
+        hub.model().token = Some(token.clone());
+        hub.model().busy = 1;
+        let more = [("RUST_LOG", filter), ("HF_TOKEN", token.as_str())];
+        let ran = run(&["inspect", "org/kjv"], &hub, cache.path(), &more)?;
+        let words = String::from_utf8_lossy(&ran.stderr);
+        assert!(ran.status.success(), "{filter}: {words}");
+        if filter.ends_with("trace") && filter.contains(",trace") || filter == "trace" {
+            assert!(words.contains("hf2onnx::hub::fetch"), "{filter}: nothing is traced");
+        }
+        for shown in ["qqqq", "7171"] {
+            assert!(!words.contains(shown), "{filter}: `{shown}` in\n{words}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_token_that_is_none_is_refused_without_being_shown() -> TestResult {
+    let (hub, _cache, settings) = kjv()?;
+    let error = fetch("org/kjv", &Settings { token: Some("secret\nx: y".to_owned()), ..settings }).expect_err("a line");
+    assert_eq!((error.code, hub.log().len()), (Code::UsageInvalid, 0));
+    assert!(error.subject.contains("HF_TOKEN") && !error.to_string().contains("secret"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn an_adapter_beside_a_model_of_the_hub_is_seen() -> TestResult {
+    let (hub, cache, _) = kjv()?;
+    for (name, text) in [("adapter_config.json", "{}"), ("adapter_model.safetensors", "not fetched")] {
+        hub.model().files.insert(name.to_owned(), text.into());
+    }
+    let ran = run(&["inspect", "org/kjv"], &hub, cache.path(), &[])?;
+    let words = String::from_utf8_lossy(&ran.stderr);
+    assert!(!ran.status.success() && words.contains("error[weights-ambiguous]"), "{words}");
+    assert!(words.contains("adapter_config.json") && words.contains("--ignore-adapter"), "{words}");
+    let ran = run(&["inspect", "org/kjv", "--ignore-adapter"], &hub, cache.path(), &[])?;
+    assert!(ran.status.success(), "{}", String::from_utf8_lossy(&ran.stderr));
+    assert!(hub.gets("adapter_model.safetensors").is_empty());
     Ok(())
 }

@@ -10,12 +10,13 @@ use std::path::{Path, PathBuf};
 type TestResult<T = ()> = Result<T, Box<dyn Error>>;
 
 /// The modules in the order of the pipeline: each may use those before it.
-const PIPELINE: [&str; 37] = [
+const PIPELINE: [&str; 38] = [
     "error",
     "guard",
     "stage",
     "interrupt",
     "patterns",
+    "regular",
     "element",
     "encoding",
     "onnx",

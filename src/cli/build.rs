@@ -17,6 +17,7 @@ use crate::error::{Code, Error, Result};
 use crate::golden::Golden;
 use crate::lower;
 use crate::opset::{self, Target};
+use crate::read::Adapter;
 use crate::verify::{Options, Report, against_golden, consistency};
 use crate::write::{self, Force, LinkReport, free_space};
 
@@ -87,6 +88,9 @@ pub(super) struct ModelOptions {
     /// Describe the model by this template instead of a built-in one
     #[arg(long, value_name = "FILE")]
     template: Option<PathBuf>,
+    /// Take the weights as they are where an adapter lies beside them
+    #[arg(long)]
+    ignore_adapter: bool,
     /// A key of config.json that may stay unread (repeatable)
     #[arg(long, value_name = "NAME")]
     allow_unused_key: Vec<String>,
@@ -173,6 +177,7 @@ impl ModelOptions {
         let cache = self.quantization.cache()?;
         Ok(compile::Options {
             repository: repo::directory(&self.repo, output)?,
+            adapter: if self.ignore_adapter { Adapter::Ignore } else { Adapter::Refuse },
             template: self.template.clone(),
             target: self.target,
             element: match self.dtype {
@@ -283,7 +288,7 @@ impl Build {
             Some(Some(path)) => Golden::read(path).map(Some),
             Some(None) => {
                 let own = repository.join("golden.safetensors");
-                if own.is_file() { Golden::read(&own).map(Some) } else { Ok(None) }
+                if own.symlink_metadata().is_ok() { Golden::read(&own).map(Some) } else { Ok(None) }
             }
         }
     }
@@ -409,8 +414,10 @@ fn load_words(cost: &Cost) -> Option<String> {
 
 /// Where a build that only serves another one is staged: never committed, so nothing appears there.
 fn sibling(output: &Path, what: &str) -> PathBuf {
-    let name = output.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    output.with_file_name(format!("{name}.{what}"))
+    let name = output.file_name().unwrap_or_default().to_string_lossy();
+    // Cut, so that the longest name of an output is one of it as well.
+    let end = name.char_indices().map(|(at, _)| at).chain([name.len()]).take_while(|at| *at <= 200).last();
+    output.with_file_name(format!("{}.{what}", name.get(..end.unwrap_or_default()).unwrap_or_default()))
 }
 
 /// A bar over bytes; indicatif hides it where nobody watches.

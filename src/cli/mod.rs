@@ -65,9 +65,10 @@ pub fn main() -> ExitCode {
     crate::guard::hush();
     let mut output = Output::new(cli.json);
     let result = match cli.command {
-        // Those that build leave something behind when they are cut short; the others end at once.
-        Command::Build(command) => crate::interrupt::install().and_then(|()| command.run(&mut output)),
-        Command::QuantReport(command) => crate::interrupt::install().and_then(|()| command.run(&mut output)),
+        // Those that build or install leave something behind when they are cut short; the others end at once.
+        Command::Build(command) => output.interruptible().and_then(|()| command.run(&mut output)),
+        Command::QuantReport(command) => output.interruptible().and_then(|()| command.run(&mut output)),
+        Command::Runtime(command) => output.interruptible().and_then(|()| command.run(&mut output)),
         Command::Verify(command) => command.run(&mut output),
         Command::Inspect(command) => command.run(&mut output),
         Command::Generate(command) => command.run(&mut output),
@@ -75,7 +76,6 @@ pub fn main() -> ExitCode {
         Command::Bench(command) => command.run(&mut output),
         Command::Templates(command) => command.run(&mut output),
         Command::Scaffold(command) => command.run(&mut output),
-        Command::Runtime(command) => command.run(&mut output),
         Command::Dev(command) => command.run(&mut output),
     };
     for (stage, seconds) in timings.iter().flat_map(Timings::seconds) {
@@ -86,13 +86,23 @@ pub fn main() -> ExitCode {
 
 /// Sends what is traced to stderr, and the spans of stages to whoever adds them up.
 fn listen(timings: Option<Timings>) {
+    use tracing_subscriber::filter::{FilterExt as _, filter_fn};
     use tracing_subscriber::prelude::*;
     // RUST_LOG chooses; without it only warnings are shown.
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
+    let filter = filter.and(filter_fn(is_discreet));
     let words = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_filter(filter);
-    let stages = timings.map(|timings| timings.with_filter(tracing_subscriber::filter::filter_fn(timings::is_stage)));
+    let stages = timings.map(|timings| timings.with_filter(filter_fn(timings::is_stage)));
     tracing_subscriber::registry().with(words).with(stages).init();
+}
+
+/// False for what `RUST_LOG` shall not show: below `info`, what speaks with servers prints whole requests, the token
+/// among them.
+fn is_discreet(metadata: &tracing::Metadata<'_>) -> bool {
+    let library = metadata.target().split("::").next().unwrap_or_default();
+    let talks = ["ureq", "ureq_proto", "rustls", "http", "httparse"].contains(&library);
+    !talks || *metadata.level() <= tracing::Level::INFO
 }
 
 #[cfg(test)]

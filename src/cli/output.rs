@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use serde::Serialize;
 
 use crate::error::{Code, Error, Result};
+use crate::interrupt;
 
 /// Where results go. A reader that closes the pipe has seen enough: that is no failure.
 #[derive(Debug)]
@@ -67,6 +68,14 @@ impl Output {
     pub fn say(&self, text: &str) {
         // Nothing can be done when stderr is gone.
         let _ = writeln!(io::stderr(), "{text}");
+    }
+
+    /// From now on Ctrl-C and its like ask for an end instead of being it.
+    pub fn interruptible(&self) -> Result<()> {
+        let json = self.json;
+        interrupt::install(move |error| {
+            let _ = writeln!(io::stderr(), "{}", if json { error.to_json().to_string() } else { error.to_string() });
+        })
     }
 
     /// Prints the error, if there is one, and returns the exit code.

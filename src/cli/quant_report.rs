@@ -14,10 +14,12 @@ use crate::element::ElementType;
 use crate::error::{Code, Error, Result};
 use crate::generate::config::GenerationConfig;
 use crate::golden::Golden;
+use crate::interrupt::{self, Ending};
 use crate::lower::Padding;
 use crate::opset::Target;
 use crate::quant_report::{Calibration, Entry, Plan, Tokens, page, run};
 use crate::quantize;
+use crate::read::Adapter;
 use crate::recipe::{Changes, Recipe};
 use crate::session;
 use crate::tokenizer::Tokenizer;
@@ -67,6 +69,9 @@ pub(super) struct QuantReport {
     /// Describe the model by this template instead of a built-in one
     #[arg(long, value_name = "FILE")]
     template: Option<PathBuf>,
+    /// Take the weights as they are where an adapter lies beside them
+    #[arg(long)]
+    ignore_adapter: bool,
     /// A key of config.json that may stay unread (repeatable)
     #[arg(long, value_name = "NAME")]
     allow_unused_key: Vec<String>,
@@ -202,6 +207,7 @@ impl QuantReport {
     fn compile_options(&self, repository: &Path, recipe: Option<Recipe>) -> compile::Options {
         compile::Options {
             repository: repository.to_owned(),
+            adapter: if self.ignore_adapter { Adapter::Ignore } else { Adapter::Refuse },
             template: self.template.clone(),
             target: self.target,
             element: ElementType::F32,
@@ -260,21 +266,23 @@ fn at_most(windows: Vec<Window>, most: Option<usize>) -> Vec<Window> {
 /// Where builds lie: the user's directory, or one that goes away.
 enum Place {
     Kept(PathBuf),
-    Temporary(tempfile::TempDir),
+    Temporary(tempfile::TempDir, #[expect(dead_code, reason = "it is dropped with the directory")] Ending),
 }
 
 impl Place {
     fn new(keep: Option<&Path>) -> Result<Self> {
-        match keep {
-            Some(dir) => fs::create_dir_all(dir).map(|()| Self::Kept(dir.to_owned())).map_err(|e| Error::io(dir, &e)),
-            None => tempfile::tempdir().map(Self::Temporary).map_err(|e| Error::io(&std::env::temp_dir(), &e)),
+        if let Some(dir) = keep {
+            return fs::create_dir_all(dir).map(|()| Self::Kept(dir.to_owned())).map_err(|e| Error::io(dir, &e));
         }
+        let dir = tempfile::tempdir().map_err(|e| Error::io(&std::env::temp_dir(), &e))?;
+        let ending = interrupt::remove_at_end(dir.path());
+        Ok(Self::Temporary(dir, ending))
     }
 
     fn path(&self) -> &Path {
         match self {
             Self::Kept(dir) => dir,
-            Self::Temporary(dir) => dir.path(),
+            Self::Temporary(dir, _) => dir.path(),
         }
     }
 }

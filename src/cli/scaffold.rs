@@ -6,7 +6,7 @@ use clap::Args;
 
 use super::{Output, repo};
 use crate::error::Result;
-use crate::read::Repository;
+use crate::read::{Adapter, Repository};
 use crate::scaffold::{self, Draft};
 
 /// Draft a template for an architecture that has none.
@@ -31,7 +31,8 @@ pub(super) struct Scaffold {
 impl Scaffold {
     /// Runs the command.
     pub(super) fn run(self, output: &mut Output) -> Result<()> {
-        let mut repository = Repository::open(&repo::directory(&self.repo, output)?)?;
+        // A template is drafted from names and shapes, which no adapter changes.
+        let mut repository = Repository::open_with(&repo::directory(&self.repo, output)?, Adapter::Ignore)?;
         let draft = scaffold::draft(&mut repository)?;
         if let Some(path) = &self.output {
             scaffold::write(&draft, path)?;

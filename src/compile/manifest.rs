@@ -32,6 +32,8 @@ pub(super) struct Manifest {
     pub(super) verification: Option<Value>,
     #[serde(skip_serializing_if = "Option::is_none")]
     hub: Option<hub::Source>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ignored_adapter: Option<FileHash>,
     sources: Vec<FileHash>,
     outputs: Vec<FileHash>,
     spec: ModelSpec,
@@ -107,6 +109,7 @@ impl Manifest {
             onnx: format!("onnx/{}", compiled.file_name(options)),
             verification: None,
             hub: hub::source(&compiled.repository.dir),
+            ignored_adapter: compiled.repository.ignored_adapter()?,
             sources,
             outputs,
             spec: compiled.description.spec.clone(),

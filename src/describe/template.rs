@@ -85,7 +85,7 @@ impl Catalogue {
 impl Template {
     /// Reads a template from a file of the user's.
     pub fn read(path: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(path).map_err(|e| Error::io(path, &e))?;
+        let text = crate::regular::read_text(path, crate::regular::CONFIGURATION).map_err(|e| Error::io(path, &e))?;
         let mut template = Self::parse(&path.display().to_string(), &text)?;
         // Where it lies is for errors; its name goes into what is written.
         if let Some(stem) = path.file_stem() {

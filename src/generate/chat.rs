@@ -88,7 +88,7 @@ impl ChatTemplate {
 
 /// The text of a file, or `None` where there is no such file.
 fn text(path: &Path) -> Result<Option<String>> {
-    match std::fs::read(path) {
+    match crate::regular::read(path, crate::regular::CONFIGURATION) {
         Ok(bytes) => String::from_utf8(bytes).map(Some).map_err(|e| {
             Error::new(Code::TokenizerInvalid, path.display())
                 .found(e)

@@ -11,9 +11,7 @@ use super::Watch;
 use super::id::{Id, is_commit};
 use super::select::{self, CONFIG, INDEX, SINGLE};
 use crate::error::{Error, Result};
-
-/// Far above any index.
-const LARGEST_INDEX: u64 = 100_000_000;
+use crate::regular;
 
 /// One model's part of the cache.
 pub(crate) struct Place {
@@ -44,7 +42,7 @@ impl Place {
         if is_commit(revision) {
             return Some(revision.to_owned());
         }
-        let text = fs::read_to_string(self.folder.join("refs").join(revision)).ok()?;
+        let text = regular::read_text(&self.folder.join("refs").join(revision), 1000).ok()?;
         Some(text.trim().to_owned()).filter(|commit| is_commit(commit))
     }
 
@@ -123,10 +121,7 @@ pub(crate) fn remove(path: &Path) -> Result<()> {
 
 /// The content of a file of bounded size.
 pub(crate) fn small_file(path: &Path) -> io::Result<Vec<u8>> {
-    if fs::metadata(path)?.len() > LARGEST_INDEX {
-        return Err(io::ErrorKind::FileTooLarge.into());
-    }
-    fs::read(path)
+    regular::read(path, regular::INDEX)
 }
 
 /// How much of a model a snapshot holds.

@@ -1,11 +1,14 @@
 //! What is asked of the hub: what a revision holds, and a file from some byte on.
 
+use std::io::Read as _;
+
 use serde::Deserialize;
 use ureq::http::{HeaderMap, Response, StatusCode, Uri, header};
 use ureq::{Agent, Body};
 
 use super::Settings;
 use super::id::{Id, is_commit};
+use super::pace::Pace;
 use super::select::is_plain;
 use crate::error::{Code, Error, Result};
 
@@ -132,14 +135,28 @@ impl<'a> Client<'a> {
         let url = format!("{}/api/models/{}/revision/{revision}?blobs=true", self.settings.endpoint, self.id.name());
         let answer = self.ask(false, &url, 0)?;
         self.accept(None, &answer)?;
-        let reader = answer.response.into_body().into_with_config().limit(LARGEST_LIST).read_to_vec();
-        let bytes = reader.map_err(|error| Failure::Passing(error.to_string()))?;
+        let bytes = self.all(answer.response.into_body())?;
         let info: ModelInfo = serde_json::from_slice(&bytes).map_err(|error| self.strange(&url, &error.to_string()))?;
         if !is_commit(&info.sha) {
             return Err(self.strange(&url, "`sha` that is no commit").into());
         }
         let files = info.siblings.into_iter().filter(|sibling| is_plain(&sibling.rfilename)).map(Sibling::listed);
         Ok(Revision { commit: info.sha, files: files.collect() })
+    }
+
+    /// The whole of a small answer.
+    fn all(&self, body: Body) -> Result<Vec<u8>, Failure> {
+        let (mut reader, mut pace) = (body.into_reader().take(LARGEST_LIST), Pace::new(&self.settings.clock));
+        let (mut bytes, mut buffer) = (Vec::new(), vec![0; 1 << 16]);
+        loop {
+            crate::interrupt::check()?;
+            let count = reader.read(&mut buffer).map_err(|error| Failure::Passing(error.to_string()))?;
+            if count == 0 {
+                return Ok(bytes);
+            }
+            bytes.extend(buffer.iter().take(count));
+            pace.advance(count as u64).map_err(Failure::Passing)?;
+        }
     }
 
     /// Size and hash of a listed file: the list's, or else what the file's own headers say.
@@ -202,7 +219,17 @@ impl<'a> Client<'a> {
             let own = self.is_own(&url);
             let mut request = if head { self.agent.head(&url) } else { self.agent.get(&url) };
             if let Some(token) = self.settings.token.as_ref().filter(|_| own) {
-                request = request.header(header::AUTHORIZATION, format!("Bearer {token}"));
+                // Marked, so that nothing that prints a request prints it.
+                let value = header::HeaderValue::try_from(format!("Bearer {token}")).map(|mut value| {
+                    value.set_sensitive(true);
+                    value
+                });
+                let value = value.map_err(|_| {
+                    Error::new(Code::UsageInvalid, "HF_TOKEN")
+                        .found("a token with characters that no token has")
+                        .help("copy it again from the hub's settings page")
+                })?;
+                request = request.header(header::AUTHORIZATION, value);
             }
             if from > 0 {
                 request = request.header(header::RANGE, format!("bytes={from}-"));

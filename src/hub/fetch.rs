@@ -13,6 +13,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::cache::{self, Place};
 use super::client::{Check, Client, Failure, Listed, Remote, Revision};
+use super::pace::Pace;
 use super::select::{self, INDEX, SINGLE, Weights};
 use super::{Settings, Watch};
 use crate::error::{Code, Error, Result};
@@ -175,13 +176,13 @@ impl Download<'_> {
     /// Streams until the file has its size, with a new connection whenever one breaks.
     fn fill(&self, part: &mut Part, remote: &Remote) -> Result<()> {
         let mut failed = 0;
+        let mut pace = Pace::new(&self.settings.clock);
         while part.length < remote.size {
-            let before = part.length;
-            match self.stream(part, remote) {
+            match self.stream(part, remote, &mut pace) {
                 Ok(()) => {}
                 Err(Failure::Final(error)) => return Err(error),
                 Err(Failure::Passing(why)) => {
-                    failed = if part.length > before { 1 } else { failed + 1 };
+                    failed = if pace.failed() { 1 } else { failed + 1 };
                     pause(
                         self.client,
                         self.settings,
@@ -194,7 +195,7 @@ impl Download<'_> {
         Ok(())
     }
 
-    fn stream(&self, part: &mut Part, remote: &Remote) -> Result<(), Failure> {
+    fn stream(&self, part: &mut Part, remote: &Remote, pace: &mut Pace<'_>) -> Result<(), Failure> {
         let stream = self.client.stream(&self.revision.commit, &remote.name, part.length)?;
         if stream.start != part.length {
             self.watch.retreat(part.length);
@@ -217,6 +218,7 @@ impl Download<'_> {
             let bytes = buffer.get(..count.min(left)).unwrap_or_default();
             part.append(bytes)?;
             self.watch.advance(bytes.len() as u64);
+            pace.advance(bytes.len() as u64).map_err(Failure::Passing)?;
         }
         Ok(())
     }

@@ -9,6 +9,7 @@ mod cache;
 mod client;
 mod fetch;
 mod id;
+mod pace;
 mod select;
 mod settings;
 
@@ -16,6 +17,7 @@ use std::path::{Path, PathBuf};
 
 pub use cache::{Source, source};
 pub use id::Id;
+pub use pace::Clock;
 #[cfg(test)]
 pub(crate) use select::is_wanted;
 pub use settings::Settings;

@@ -16,6 +16,8 @@ const CONFIGURATION: &[&str] = &[
     "hf_quant_config.json",
     "quanto_qmap.json",
     "golden.safetensors",
+    // Its presence is an error, and has to be seen.
+    "adapter_config.json",
 ];
 /// Files that a tokenizer is read from.
 const TOKENIZER: &[&str] = &[

@@ -1,11 +1,12 @@
 //! Where the cache and the hub are, and who asks: the variables that all of Hugging Face's tools read.
 
 use std::ffi::OsString;
-use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use super::Clock;
 use crate::error::{Code, Error, Result};
+use crate::regular;
 
 /// What a download is told. [`Settings::from_environment`] reads it as Python's `huggingface_hub` does.
 #[derive(Clone)]
@@ -26,6 +27,8 @@ pub struct Settings {
     pub silence: Duration,
     /// Files downloaded at once.
     pub at_once: usize,
+    /// By what the speed of a download is measured.
+    pub clock: Clock,
 }
 
 /// Without the token.
@@ -53,6 +56,7 @@ impl Settings {
             pause: Duration::from_secs(1),
             silence: Duration::from_secs(30),
             at_once: 4,
+            clock: Clock::default(),
         }
     }
 
@@ -87,7 +91,7 @@ impl Settings {
         let written = path("HF_TOKEN_PATH").or_else(|| home.map(|home| home.join("token")));
         let token = text("HF_TOKEN")
             .or_else(|| text("HUGGING_FACE_HUB_TOKEN"))
-            .or_else(|| fs::read_to_string(written?).ok().map(|token| token.trim().to_owned()))
+            .or_else(|| regular::read_text(&written?, 10_000).ok().map(|token| token.trim().to_owned()))
             .filter(|token| !token.is_empty() && !set("HF_HUB_DISABLE_IMPLICIT_TOKEN"));
         let plain = Self::new(cache);
         let endpoint = text("HF_ENDPOINT").map_or(plain.endpoint, |url| url.trim_end_matches('/').to_owned());
@@ -111,6 +115,7 @@ fn under_home(path: PathBuf) -> PathBuf {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
     use std::path::Path;
 
     fn read(variables: &[(&str, &str)]) -> Settings {

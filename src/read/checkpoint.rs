@@ -1,10 +1,10 @@
 //! A checkpoint: the safetensors files of a repository as one list of tensors.
 
-use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use super::file::StableFile;
+use super::file::{Handles, StableFile};
 use super::header::{Entry, quoted, read_header};
 use super::locate::{INDEX, Index, Weights, locate};
 use super::path::contained;
@@ -12,6 +12,7 @@ use super::quantized::{Recent, outside, stored_type};
 use crate::element::StoredType;
 use crate::encoding::{Catalogue, Logical, Role};
 use crate::error::{Code, Error, Result};
+use crate::regular;
 
 /// A tensor of the checkpoint: what its file's header says of it, or what it is once it is decoded.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -52,6 +53,7 @@ pub struct ShardFile {
 pub struct Checkpoint {
     files: Vec<ShardFile>,
     stable: Vec<StableFile>,
+    handles: Arc<Handles>,
     /// Sorted by name.
     tensors: Vec<TensorInfo>,
     /// How it is quantised, if it is.
@@ -73,8 +75,8 @@ impl Checkpoint {
     /// `model.safetensors.index.json` names, else every other safetensors file in it.
     pub fn open(dir: &Path) -> Result<Self> {
         let Weights { names, index } = locate(dir)?;
-        let mut checkpoint =
-            Self { files: Vec::new(), stable: Vec::new(), tensors: Vec::new(), quantized: None, notes: Vec::new() };
+        let (files, stable, tensors, notes) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let mut checkpoint = Self { files, stable, handles: Arc::default(), tensors, quantized: None, notes };
         for name in names {
             checkpoint.add_file(dir, name)?;
         }
@@ -213,23 +215,22 @@ impl Checkpoint {
 
     fn add_file(&mut self, dir: &Path, name: String) -> Result<()> {
         let path = contained(dir, &name)?;
-        let io = |error: std::io::Error| Error::io(&path, &error);
-        let file = File::open(&path).map_err(io)?;
-        let metadata = file.metadata().map_err(io)?;
         // Named as the user knows it: a link's target in a cache is a bare hash.
         let shown = dir.join(&name);
-        if !metadata.is_file() {
-            return Err(Error::new(Code::WeightsCorrupt, shown.display())
-                .found("not a regular file")
-                .expected("a safetensors file"));
-        }
+        let (file, metadata) = regular::open(&path).map_err(|error| match error.kind() {
+            std::io::ErrorKind::NotSeekable => Error::new(Code::WeightsCorrupt, shown.display())
+                .found(error)
+                .expected("a safetensors file")
+                .help("put the file itself in its place"),
+            _ => Error::io(&path, &error),
+        })?;
         let index = self.files.len();
         let entries = read_header(std::io::BufReader::new(file), metadata.len(), &shown)?;
         self.tensors.extend(entries.into_iter().map(|entry| {
             let Entry { name, dtype, shape, offset, length } = entry;
             TensorInfo { name, dtype, shape, file: index, offset, length, encoded: false }
         }));
-        self.stable.push(StableFile::new(&path, &metadata));
+        self.stable.push(StableFile::new(&path, &metadata, &self.handles));
         self.files.push(ShardFile { name, path, size: metadata.len() });
         Ok(())
     }

@@ -1,12 +1,40 @@
 //! Files that are read at positions, from many threads, and never mapped: a file that is cut short while it is read
 //! is an error, where touching a mapped page behind its new end would end the process (SIGBUS).
 
+use std::collections::VecDeque;
 use std::fs::{File, Metadata};
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
 use crate::error::{Code, Error, Result};
+use crate::regular;
+
+/// Files that are held open at once: a checkpoint may have more shards than a process may open files, of which some
+/// systems allow 256.
+const HELD: usize = 64;
+
+/// The files of a checkpoint that were read last, open.
+#[derive(Debug, Default)]
+pub(crate) struct Handles(Mutex<VecDeque<(PathBuf, Arc<File>)>>);
+
+impl Handles {
+    /// The file of this path, opened by `open` if it is not held.
+    fn get(&self, path: &Path, open: impl FnOnce() -> Result<File>) -> Result<Arc<File>> {
+        let mut held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(at) = held.iter().position(|(held, _)| held == path)
+            && let Some(found) = held.remove(at)
+        {
+            let file = Arc::clone(&found.1);
+            held.push_front(found);
+            return Ok(file);
+        }
+        let file = Arc::new(open()?);
+        held.truncate(HELD - 1);
+        held.push_front((path.to_owned(), Arc::clone(&file)));
+        Ok(file)
+    }
+}
 
 /// A file that has to stay what it was when it was first seen.
 #[derive(Debug)]
@@ -14,14 +42,14 @@ pub(crate) struct StableFile {
     path: PathBuf,
     size: u64,
     modified: Option<SystemTime>,
-    /// Opened when bytes are first asked for: a checkpoint may have more shards than a process may open files.
-    file: OnceLock<File>,
+    handles: Arc<Handles>,
 }
 
 impl StableFile {
-    /// Remembers what the file was when its header was read.
-    pub(crate) fn new(path: &Path, metadata: &Metadata) -> Self {
-        Self { path: path.to_owned(), size: metadata.len(), modified: metadata.modified().ok(), file: OnceLock::new() }
+    /// Remembers what the file was when its header was read. It is opened when bytes are first asked for.
+    pub(crate) fn new(path: &Path, metadata: &Metadata, handles: &Arc<Handles>) -> Self {
+        let (path, handles) = (path.to_owned(), Arc::clone(handles));
+        Self { path, size: metadata.len(), modified: metadata.modified().ok(), handles }
     }
 
     /// Reads the bytes from `offset` on until `out` is full.
@@ -29,7 +57,7 @@ impl StableFile {
         if out.is_empty() {
             return Ok(());
         }
-        read_exact_at(self.open()?, offset, out).map_err(|error| match error.kind() {
+        read_exact_at(&*self.open()?, offset, out).map_err(|error| match error.kind() {
             std::io::ErrorKind::UnexpectedEof => {
                 self.changed(format!("it ends before byte {}", offset + out.len() as u64))
             }
@@ -65,7 +93,7 @@ impl StableFile {
     fn advise(&self, offset: u64, length: u64, advice: rustix::fs::Advice) {
         if let Ok(file) = self.open() {
             // It is only advice: the same bytes are read without it.
-            let _ = rustix::fs::fadvise(file, offset, std::num::NonZeroU64::new(length), advice);
+            let _ = rustix::fs::fadvise(&*file, offset, std::num::NonZeroU64::new(length), advice);
         }
     }
 
@@ -81,13 +109,12 @@ impl StableFile {
         Ok(())
     }
 
-    fn open(&self) -> Result<&File> {
-        if let Some(file) = self.file.get() {
-            return Ok(file);
-        }
-        self.check_unchanged()?;
-        let file = File::open(&self.path).map_err(|error| Error::io(&self.path, &error))?;
-        Ok(self.file.get_or_init(|| file))
+    fn open(&self) -> Result<Arc<File>> {
+        self.handles.get(&self.path, || {
+            self.check_unchanged()?;
+            let (file, _) = regular::open(&self.path).map_err(|error| Error::io(&self.path, &error))?;
+            Ok(file)
+        })
     }
 
     fn changed(&self, found: impl std::fmt::Display) -> Error {
@@ -117,4 +144,38 @@ fn read_exact_at(file: &File, mut offset: u64, mut out: &mut [u8]) -> std::io::R
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_more_files_are_open_than_may_be() {
+        let dir = tempfile::tempdir().unwrap();
+        let handles = Arc::new(Handles::default());
+        let files: Vec<StableFile> = (0..4 * HELD)
+            .map(|index| {
+                let path = dir.path().join(index.to_string());
+                std::fs::write(&path, index.to_string()).unwrap();
+                StableFile::new(&path, &path.metadata().unwrap(), &handles)
+            })
+            .collect();
+        let opened = std::cell::Cell::new(0);
+        let read = |index: usize| {
+            let before = handles.0.lock().unwrap().iter().any(|(path, _)| *path == files[index].path);
+            opened.set(opened.get() + usize::from(!before));
+            let mut bytes = vec![0; index.to_string().len()];
+            files[index].read(0, &mut bytes).unwrap();
+            assert_eq!(bytes, index.to_string().as_bytes());
+            assert!(handles.0.lock().unwrap().len() <= HELD);
+        };
+        (0..files.len()).for_each(read);
+        assert_eq!(opened.get(), files.len());
+        // Those that were read last are still open, the first one is not.
+        (files.len() - HELD..files.len()).for_each(read);
+        assert_eq!(opened.get(), files.len());
+        read(0);
+        assert_eq!(opened.get(), files.len() + 1);
+    }
 }

@@ -1,6 +1,5 @@
 //! Hashes of files: what a build was made from, and what it made.
 
-use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,6 +10,7 @@ use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
 use crate::interrupt;
+use crate::regular;
 
 /// A file's name, size and hash.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -37,7 +37,7 @@ pub(crate) fn hash_bytes(name: &str, bytes: &[u8]) -> FileHash {
 /// Hashes a file from front to back; without an answer worth having once `stop` is set.
 pub(crate) fn hash_file(path: &Path, stop: &AtomicBool) -> Result<FileHash> {
     let io = |error: std::io::Error| Error::io(path, &error);
-    let mut file = File::open(path).map_err(io)?;
+    let (mut file, _) = regular::open(path).map_err(io)?;
     let mut hash = Sha256::new();
     let mut buffer = vec![0; 1 << 20];
     let mut size: u64 = 0;

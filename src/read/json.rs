@@ -1,22 +1,18 @@
 //! JSON files of a repository.
 
-use std::fs::File;
-use std::io::Read;
 use std::path::Path;
 
 use serde_json::{Map, Value};
 
 use crate::error::{Code, Error, Result};
-
-/// Far above any configuration or index; below what would hurt to hold.
-const MAX_JSON: u64 = 100_000_000;
+use crate::regular;
 
 /// Reads a JSON file that has to be an object. Its keys keep their order.
 ///
 /// Python also writes the numbers `Infinity`, `-Infinity` and `NaN`, which are not JSON. They are
 /// read as transformers 5 spells them, `{"__float__": "Infinity"}`.
 pub fn json_file(path: &Path) -> Result<Map<String, Value>> {
-    json_object(&text_file(path)?, path)
+    json_object(&text_file(path, regular::CONFIGURATION)?, path)
 }
 
 /// The object that a JSON text holds, as [`json_file`] reads it; `path` names it in errors.
@@ -34,23 +30,14 @@ fn invalid(path: &Path) -> Error {
     Error::new(Code::ConfigInvalid, path.display())
 }
 
-/// Reads a text file of bounded size.
-pub(crate) fn text_file(path: &Path) -> Result<String> {
-    let io = |error: std::io::Error| Error::io(path, &error);
-    let file = File::open(path).map_err(io)?;
-    let metadata = file.metadata().map_err(io)?;
-    if !metadata.is_file() {
-        return Err(Error::new(Code::Io, path.display()).found("not a regular file").expected("a file"));
-    }
-    if metadata.len() > MAX_JSON {
-        return Err(invalid(path)
-            .found(format!("{} bytes", metadata.len()))
-            .expected(format!("at most {MAX_JSON} bytes")));
-    }
-    let mut bytes = Vec::new();
-    file.take(MAX_JSON).read_to_end(&mut bytes).map_err(io)?;
-    String::from_utf8(bytes)
-        .map_err(|error| invalid(path).found(format!("a file that is not UTF-8: {}", error.utf8_error())).help(HELP))
+/// Reads a text file of at most so many bytes.
+pub(crate) fn text_file(path: &Path, most: u64) -> Result<String> {
+    regular::read_text(path, most).map_err(|error| match error.kind() {
+        std::io::ErrorKind::InvalidData => {
+            invalid(path).found(error).expected(format!("a text in UTF-8 of at most {most} bytes")).help(HELP)
+        }
+        _ => Error::io(path, &error),
+    })
 }
 
 /// Parses JSON, and Python's three special numbers.

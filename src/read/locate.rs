@@ -10,6 +10,7 @@ use super::header::quoted;
 use super::json::text_file;
 use super::path::contained;
 use crate::error::{Code, Error, Result};
+use crate::regular;
 
 const SINGLE: &str = "model.safetensors";
 pub(super) const INDEX: &str = "model.safetensors.index.json";
@@ -43,6 +44,11 @@ pub(crate) fn locate(dir: &Path) -> Result<Weights> {
     Ok(Weights { names, index: None })
 }
 
+/// True if there are weights of a model, whether they can be read or not.
+pub(crate) fn has_model(dir: &Path) -> Result<bool> {
+    Ok(exists(&dir.join(SINGLE)) || exists(&dir.join(INDEX)) || file_names(dir)?.iter().any(|name| is_model_file(name)))
+}
+
 /// True for a broken link too: it has to be an error, not another way to find weights.
 fn exists(path: &Path) -> bool {
     path.symlink_metadata().is_ok()
@@ -67,7 +73,7 @@ fn is_model_file(name: &str) -> bool {
 
 fn read_index(dir: &Path) -> Result<Weights> {
     let path = dir.join(INDEX);
-    let map = safetensors_index(&text_file(&contained(dir, INDEX)?)?, &path)?;
+    let map = safetensors_index(&text_file(&contained(dir, INDEX)?, regular::INDEX)?, &path)?;
     let mut shards: BTreeMap<&str, &str> = BTreeMap::new();
     for (tensor, shard) in &map {
         shards.entry(shard).or_insert(tensor);
@@ -147,17 +153,20 @@ fn missing(dir: &Path, all: &BTreeSet<String>) -> Error {
     let error = Error::new(Code::WeightsMissing, dir.display());
     let expected = format!("{SINGLE}, or {INDEX} with its shards");
     let find = |endings: &[&str]| all.iter().find(|name| endings.iter().any(|ending| name.ends_with(ending)));
-    if let Some(name) = find(&[".bin", ".pt", ".pth", ".ckpt"]) {
+    let adapter = ["adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"];
+    let adapter = adapter.into_iter().find(|name| all.contains(*name));
+    let pickle = find(&[".bin", ".pt", ".pth", ".ckpt"]).filter(|name| *name != "adapter_model.bin");
+    if let (Some(name), None) = (adapter, pickle) {
+        return error
+            .found(format!("{name}, an adapter without its model"))
+            .expected(expected)
+            .help("merge the adapter into its base model first (`merge_and_unload` in peft)");
+    }
+    if let Some(name) = pickle {
         return error.found(format!("{name}, a Python pickle")).expected(expected).help(
             "a pickle can run any code when it is read, so hf2onnx reads none; convert it where you \
                  trust it: `model.save_pretrained(DIR, safe_serialization=True)` in transformers",
         );
-    }
-    if all.contains("adapter_model.safetensors") {
-        return error
-            .found("adapter_model.safetensors, an adapter without its model")
-            .expected(expected)
-            .help("merge the adapter into its base model first (`merge_and_unload` in peft)");
     }
     if let Some(name) = find(&[".gguf", ".h5", ".msgpack", ".npz", ".onnx", ".tflite"]) {
         return error

@@ -47,7 +47,19 @@ pub struct Repository {
 
 impl Repository {
     /// Opens a repository: reads its configuration and the headers of its weights.
+    ///
+    /// # Errors
+    /// A file that is missing or broken, or an adapter beside the model.
     pub fn open(dir: &Path) -> Result<Self> {
+        Self::open_with(dir, Adapter::Refuse)
+    }
+
+    /// As [`Repository::open`]; an adapter beside the model may be ignored.
+    pub fn open_with(dir: &Path, adapter: Adapter) -> Result<Self> {
+        check_directory(dir)?;
+        if adapter == Adapter::Refuse {
+            refuse_adapter(dir)?;
+        }
         let (config, settings) = configuration(dir)?;
         let generation_config = match dir.join("generation_config.json").symlink_metadata() {
             Ok(_) => Some(json_file(&contained(dir, "generation_config.json")?)?),
@@ -68,6 +80,15 @@ impl Repository {
     /// A format that is not read, and weights that are not what their configuration says.
     pub fn decode(&mut self, shapes: &Shapes<'_>) -> Result<()> {
         self.settings.decode(&mut self.checkpoint, shapes)
+    }
+
+    /// The adapter beside the model that was not applied.
+    pub(crate) fn ignored_adapter(&self) -> Result<Option<FileHash>> {
+        if !has_adapter(&self.dir) {
+            return Ok(None);
+        }
+        let hash = hash_files(&[contained(&self.dir, ADAPTER)?])?;
+        Ok(hash.into_iter().next())
     }
 
     /// The files that say what the model is and how its weights are stored.
@@ -91,6 +112,39 @@ fn configuration(dir: &Path) -> Result<(Map<String, Value>, quantized::Settings)
     };
     let settings = quantized::Settings::take(dir, &mut config)?;
     Ok((config, settings))
+}
+
+/// What an adapter beside the model means: transformers applies it where peft is installed, and does not where it is
+/// not; whether it is in the weights already only the user knows.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Adapter {
+    /// It is an error.
+    #[default]
+    Refuse,
+    /// The weights are taken as they are.
+    Ignore,
+}
+
+/// The file by which transformers knows an adapter. Weights without it change nothing.
+const ADAPTER: &str = "adapter_config.json";
+
+/// True if an adapter lies beside the model.
+pub(crate) fn has_adapter(dir: &Path) -> bool {
+    dir.join(ADAPTER).symlink_metadata().is_ok()
+}
+
+fn refuse_adapter(dir: &Path) -> Result<()> {
+    // Without a model of its own it is the missing weights that are told of.
+    if !has_adapter(dir) || !locate::has_model(dir)? {
+        return Ok(());
+    }
+    Err(Error::new(Code::WeightsAmbiguous, dir.join(ADAPTER).display())
+        .found("an adapter beside the model")
+        .expected("one set of weights: transformers changes the model by the adapter where peft is installed")
+        .help(
+            "merge it first (`merge_and_unload` in peft, then save the model elsewhere), or pass --ignore-adapter to take \
+             the model's own weights as they are",
+        ))
 }
 
 fn check_directory(dir: &Path) -> Result<()> {

@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use super::driver::Driver;
 use super::search::{ask_pythons, system_folders};
-use super::{Library, Provider};
+use super::{Library, Provider, outside};
 use crate::error::{Code, Error, Result};
 
 /// A library that the provider goes through.
@@ -90,12 +90,18 @@ impl CudaSearch {
     pub fn of(library: Option<&Path>, cache: &Path) -> Self {
         let beside = library.and_then(|path| path.ancestors().nth(3)).map(|packages| packages.join("nvidia"));
         let own = cache.join(Provider::Cuda.pinned().folder()).join("nvidia");
-        let packages = beside.into_iter().chain([own]).chain(ask_pythons("nvidia")).collect();
+        let packages = beside
+            .into_iter()
+            .chain([own])
+            .chain(ask_pythons("nvidia").into_iter().filter(|folder| !outside::is_inside(folder)))
+            .collect();
         let beside = library.and_then(Path::parent).map(Path::to_path_buf);
         let roots = ["CUDA_PATH", "CUDA_HOME"].iter().filter_map(env::var_os).map(PathBuf::from);
         let roots = roots.chain(["/usr/local/cuda-13", "/usr/local/cuda"].map(PathBuf::from));
+        let roots = roots.filter(|root| !outside::is_inside(root));
         let below = roots.flat_map(|root| ["lib64", "lib", "bin", "bin/x64"].map(|folder| root.join(folder)));
-        Self { packages, folders: beside.into_iter().chain(below).chain(system_folders()).collect() }
+        let system = system_folders().into_iter().filter(|folder| !outside::is_inside(folder));
+        Self { packages, folders: beside.into_iter().chain(below).chain(system).collect() }
     }
 
     /// Looks for every library, without loading anything.

@@ -1,9 +1,10 @@
 //! NVIDIA's driver, and the GPUs that it drives.
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 
 use serde::Serialize;
+
+use super::outside;
 
 /// The oldest driver that runs CUDA 13.
 const OLDEST: u32 = 580;
@@ -60,12 +61,10 @@ fn loads() -> bool {
 
 /// What `nvidia-smi` says of some properties, a line for each GPU.
 pub(crate) fn query(properties: &str) -> Option<String> {
-    let asked = Command::new("nvidia-smi")
-        .arg(format!("--query-gpu={properties}"))
-        .arg("--format=csv,noheader,nounits")
-        .stdin(Stdio::null())
-        .output();
-    let out = asked.ok().filter(|out| out.status.success())?;
+    let (program, work) = (outside::program("nvidia-smi")?, tempfile::tempdir().ok()?);
+    let mut command = outside::command(&program, work.path());
+    command.arg(format!("--query-gpu={properties}")).arg("--format=csv,noheader,nounits");
+    let out = outside::output(&mut command).ok().filter(|out| out.status.success())?;
     Some(String::from_utf8_lossy(&out.stdout).into_owned())
 }
 

@@ -1,21 +1,25 @@
-//! Installing the pinned onnxruntime: pip downloads the wheel, the library is taken out of it and checked.
+//! Installing the pinned onnxruntime: pip downloads the wheel, whose hash is known, and the library is taken out of it.
 
-use std::ffi::OsStr;
 use std::fs;
 use std::io::Read as _;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use zip::ZipArchive;
 
-use super::search::{PYTHONS, cached, is_library_name};
-use super::{Library, Origin, PINNED_VERSION, Provider};
+use super::search::{cached, is_library_name};
+use super::{Library, Origin, PINNED_VERSION, Provider, wheels};
 use crate::error::{Code, Error, Result};
+use crate::interrupt;
+use crate::read::hex;
 
 /// The file beside an installed library that says what it is.
 const RECORD_FILE: &str = "library.json";
+/// Bounds of what is unpacked, some ten times what the wheels of 2026 have: members, bytes of the library, of RECORD.
+const MOST_MEMBERS: usize = 10_000;
+const LARGEST_LIBRARY: u64 = 400_000_000;
+const LARGEST_LIST: u64 = 1_000_000;
 
 /// What is known of an installed library.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,11 +38,12 @@ pub(super) fn install(cache: &Path, say: &mut dyn FnMut(&str)) -> Result<Library
         return Ok(library);
     }
     fs::create_dir_all(cache).map_err(|e| Error::io(cache, &e))?;
-    let work = tempfile::Builder::new().prefix(".install-").tempdir_in(cache).map_err(|e| Error::io(cache, &e))?;
+    let work = Work::new(cache)?;
     say(&format!("installing onnxruntime {PINNED_VERSION} with pip, into {}", target.display()));
-    let wheel = download(work.path())?;
     let unpacked = work.path().join("unpacked");
-    unpack(&wheel, &unpacked)?;
+    for wheel in wheels::download(Provider::Cpu, &work.path().join("wheels"))? {
+        unpack(&wheel, &unpacked)?;
+    }
     // Another process may have installed it meanwhile: then what it put there is used, if it is whole.
     if fs::rename(&unpacked, &target).is_err() {
         if let Ok(library) = check_installed(cache) {
@@ -72,67 +77,6 @@ pub(super) fn check_installed(cache: &Path) -> Result<Library> {
     Ok(Library { path, version: Some(installed.version), origin: Origin::Cache })
 }
 
-/// Lets pip download the wheel into a folder.
-fn download(folder: &Path) -> Result<PathBuf> {
-    let arguments = ["download", "--no-deps", "--only-binary=:all:", "--dest"];
-    let wheel = format!("onnxruntime=={PINNED_VERSION}");
-    let rest = [folder.as_os_str(), wheel.as_ref()];
-    pip(&[&arguments.map(OsStr::new)[..], &rest].concat(), folder).map_err(|found| {
-        Error::new(Code::RuntimeMissing, format!("onnxruntime {PINNED_VERSION}"))
-            .found(found)
-            .expected("pip to download the wheel")
-            .help(
-                "install onnxruntime yourself (`pip install onnxruntime`), or name a library with --runtime or \
-                 ORT_DYLIB_PATH",
-            )
-    })?;
-    wheel_in(folder)
-}
-
-/// Runs pip in every way that there may be, until one succeeds; else what they said. What it needs meanwhile it puts
-/// into `work`.
-pub(super) fn pip(arguments: &[&OsStr], work: &Path) -> Result<(), String> {
-    let mut said = Vec::new();
-    // The second form asks for a wheel that some Python would take, where this machine's own has none.
-    for extra in [&[][..], &["--python-version", "3.12"][..]] {
-        for (program, start) in pips() {
-            let run = Command::new(program)
-                .args(start)
-                .args(arguments)
-                .args(["--disable-pip-version-check", "--quiet"])
-                .args(extra)
-                .envs(["TMPDIR", "TEMP", "TMP"].map(|name| (name, work)))
-                .stdin(Stdio::null())
-                .output();
-            match run {
-                Ok(out) if out.status.success() => return Ok(()),
-                Ok(out) => said.push(last_line(&format!("{program} {}", start.join(" ")), &out.stderr)),
-                Err(error) => tracing::debug!("{program}: {error}"),
-            }
-        }
-    }
-    said.dedup();
-    Err(if said.is_empty() { "no Python with pip on the path".to_owned() } else { said.join("; ") })
-}
-
-/// Every way in which pip may be called.
-fn pips() -> impl Iterator<Item = (&'static str, &'static [&'static str])> {
-    let modules = PYTHONS.iter().map(|p| (*p, &["-m", "pip"][..]));
-    modules.chain([("pip3", &[][..]), ("pip", &[][..])])
-}
-
-fn last_line(program: &str, stderr: &[u8]) -> String {
-    let text = String::from_utf8_lossy(stderr);
-    let line = text.lines().rev().map(str::trim).find(|l| !l.is_empty()).unwrap_or("failed without a word");
-    format!("{}: {line}", program.trim())
-}
-
-fn wheel_in(folder: &Path) -> Result<PathBuf> {
-    let entries = fs::read_dir(folder).map_err(|e| Error::io(folder, &e))?;
-    let mut wheels = entries.flatten().map(|e| e.path()).filter(|p| p.extension().is_some_and(|x| x == "whl"));
-    wheels.next().ok_or_else(|| bad_wheel(folder, "no wheel"))
-}
-
 fn bad_wheel(subject: &Path, found: impl std::fmt::Display) -> Error {
     Error::new(Code::RuntimeMissing, subject.display())
         .found(found)
@@ -140,14 +84,35 @@ fn bad_wheel(subject: &Path, found: impl std::fmt::Display) -> Error {
         .help("check which index pip is configured for, or name a library with --runtime")
 }
 
+/// A folder beside what is installed, which goes when the work ends, also where it is cut short.
+pub(super) struct Work {
+    folder: tempfile::TempDir,
+    _ending: interrupt::Ending,
+}
+
+impl Work {
+    pub(super) fn new(cache: &Path) -> Result<Self> {
+        let folder =
+            tempfile::Builder::new().prefix(".install-").tempdir_in(cache).map_err(|e| Error::io(cache, &e))?;
+        Ok(Self { _ending: interrupt::remove_at_end(folder.path()), folder })
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        self.folder.path()
+    }
+}
+
 /// Takes the library out of the wheel, checks it against the wheel's own list, and writes both it and its record.
 fn unpack(wheel: &Path, folder: &Path) -> Result<()> {
     let file = fs::File::open(wheel).map_err(|e| Error::io(wheel, &e))?;
     let mut archive = ZipArchive::new(file).map_err(|e| bad_wheel(wheel, e))?;
+    if archive.len() > MOST_MEMBERS {
+        return Err(bad_wheel(wheel, format!("{} members, more than {MOST_MEMBERS}", archive.len())));
+    }
     let name = library_name(&archive).ok_or_else(|| bad_wheel(wheel, "no onnxruntime library in it"))?;
     let list = format!("onnxruntime-{PINNED_VERSION}.dist-info/RECORD");
-    let list = String::from_utf8_lossy(&member(&mut archive, wheel, &list)?).into_owned();
-    let bytes = member(&mut archive, wheel, &name)?;
+    let list = String::from_utf8_lossy(&member(&mut archive, wheel, &list, LARGEST_LIST)?).into_owned();
+    let bytes = member(&mut archive, wheel, &name, LARGEST_LIBRARY)?;
     check_against_list(&list, &name, &bytes).map_err(|found| bad_wheel(wheel, found))?;
 
     let short = name.rsplit('/').next().unwrap_or(&name).to_owned();
@@ -173,11 +138,16 @@ fn library_name<R: std::io::Read + std::io::Seek>(archive: &ZipArchive<R>) -> Op
     archive.file_names().find(in_capi).map(str::to_owned)
 }
 
-fn member(archive: &mut ZipArchive<fs::File>, wheel: &Path, name: &str) -> Result<Vec<u8>> {
-    let mut file = archive.by_name(name).map_err(|e| bad_wheel(wheel, format!("{name}: {e}")))?;
+/// A member of the wheel, of which no more than `most` bytes are unpacked, whatever it says of its size.
+fn member(archive: &mut ZipArchive<fs::File>, wheel: &Path, name: &str, most: u64) -> Result<Vec<u8>> {
+    let file = archive.by_name(name).map_err(|e| bad_wheel(wheel, format!("{name}: {e}")))?;
+    let large = || bad_wheel(wheel, format!("{name} with more than {most} bytes"));
+    if file.size() > most {
+        return Err(large());
+    }
     let mut bytes = Vec::new();
-    file.read_to_end(&mut bytes).map_err(|e| bad_wheel(wheel, format!("{name}: {e}")))?;
-    Ok(bytes)
+    file.take(most + 1).read_to_end(&mut bytes).map_err(|e| bad_wheel(wheel, format!("{name}: {e}")))?;
+    if bytes.len() as u64 > most { Err(large()) } else { Ok(bytes) }
 }
 
 /// Compares a member of a wheel with its line in RECORD: `path,sha256=<base64url without padding>,size`.
@@ -209,18 +179,11 @@ fn base64url(bytes: &[u8]) -> String {
     text
 }
 
-fn hex(bytes: &[u8]) -> String {
-    use std::fmt::Write as _;
-    bytes.iter().fold(String::new(), |mut text, b| {
-        let _ = write!(text, "{b:02x}");
-        text
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::io::Write as _;
+    use std::path::PathBuf;
 
     #[test]
     fn base64url_is_that_of_the_standard() {
@@ -253,6 +216,48 @@ mod tests {
         zip.write_all(line.as_bytes()).unwrap();
         zip.finish().unwrap();
         path
+    }
+
+    /// Zeros, of which a thousand take a byte.
+    #[test]
+    fn what_a_wheel_unpacks_to_is_bounded() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("bomb.whl");
+        let mut zip = zip::ZipWriter::new(fs::File::create(&path).unwrap());
+        let deflated = zip::write::SimpleFileOptions::default().compression_method(zip::CompressionMethod::Deflated);
+        zip.start_file("onnxruntime/capi/libonnxruntime.so", deflated).unwrap();
+        zip.write_all(&vec![0; 1 << 20]).unwrap();
+        zip.finish().unwrap();
+        let mut archive = ZipArchive::new(fs::File::open(&path).unwrap()).unwrap();
+        let mut read = |most| member(&mut archive, &path, "onnxruntime/capi/libonnxruntime.so", most);
+        assert_eq!(read(1 << 20).unwrap().len(), 1 << 20);
+        assert!(read((1 << 20) - 1).unwrap_err().found.contains("more than 1048575 bytes"));
+
+        // Its directory lies about the size: 1 byte.
+        let mut bytes = fs::read(&path).unwrap();
+        let size = (1_u32 << 20).to_le_bytes();
+        let places: Vec<usize> = (0..bytes.len() - 4).filter(|at| bytes[*at..*at + 4] == size).collect();
+        assert!(!places.is_empty());
+        for at in places {
+            bytes[at..at + 4].copy_from_slice(&1_u32.to_le_bytes());
+        }
+        fs::write(&path, bytes).unwrap();
+        let mut archive = ZipArchive::new(fs::File::open(&path).unwrap()).unwrap();
+        let error = member(&mut archive, &path, "onnxruntime/capi/libonnxruntime.so", 1000).unwrap_err();
+        assert!(error.found.contains("more than 1000 bytes"), "{error}");
+    }
+
+    #[test]
+    fn a_wheel_of_too_many_members_is_not_looked_through() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("many.whl");
+        let mut zip = zip::ZipWriter::new(fs::File::create(&path).unwrap());
+        for index in 0..=MOST_MEMBERS {
+            zip.start_file(index.to_string(), zip::write::SimpleFileOptions::default()).unwrap();
+        }
+        zip.finish().unwrap();
+        let error = unpack(&path, &folder.path().join("unpacked")).unwrap_err();
+        assert!(error.found.contains("10001 members"), "{error}");
     }
 
     #[test]

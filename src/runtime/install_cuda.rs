@@ -1,5 +1,6 @@
-//! Installing the pinned onnxruntime for a GPU: pip unpacks its wheel, and the wheels of CUDA and cuDNN that its
-//! metadata names, into a folder of hf2onnx's cache; every library is compared with the list in its wheel.
+//! Installing the pinned onnxruntime for a GPU: pip downloads its wheel, and the wheels of CUDA and cuDNN that it needs,
+//! whose hashes are known, and unpacks them into a folder of hf2onnx's cache; every library is compared with the list in
+//! its wheel.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -8,16 +9,14 @@ use std::path::{Path, PathBuf};
 
 use sha2::{Digest as _, Sha256};
 
-use super::install::{pip, recorded_hash};
+use super::install::{Work, recorded_hash};
 use super::search::cached;
-use super::{Library, Origin, Provider};
+use super::{Library, Origin, Provider, wheels};
 use crate::error::{Code, Error, Result};
 use crate::write::free_space;
 
 /// Bytes that the installation takes while it runs: 1.6 GB of wheels, and what comes out of the largest one twice.
 const ROOM: u64 = 6_000_000_000;
-/// The wheel's extras: the libraries of CUDA, and of cuDNN.
-const EXTRAS: [&str; 2] = ["cuda", "cudnn"];
 
 /// Installs the pinned release below `cache`, or returns it when it is there.
 pub(super) fn install(cache: &Path, say: &mut dyn FnMut(&str)) -> Result<Library> {
@@ -31,15 +30,17 @@ pub(super) fn install(cache: &Path, say: &mut dyn FnMut(&str)) -> Result<Library
             .expected(format!("{ROOM} for the wheels of onnxruntime-gpu, CUDA and cuDNN and what is in them"))
             .help("free some disk space, or set XDG_CACHE_HOME to a folder on another disk"));
     }
-    let work = tempfile::Builder::new().prefix(".install-").tempdir_in(cache).map_err(|e| Error::io(cache, &e))?;
+    let work = Work::new(cache)?;
     let (target, packages) = (folder(cache), work.path().join("packages"));
-    let pinned = Provider::Cuda.pinned();
-    let wheel = format!("{}=={}", pinned.package, pinned.version);
-    say(&format!("installing {wheel} with pip, into {}", target.display()));
-    unpack(&packages, &["--no-deps".to_owned(), wheel], work.path())?;
-    let needs = requirements(&metadata(&packages)?);
-    say(&format!("installing what it needs: {} (1.3 GB to download)", needs.join(", ")));
-    unpack(&packages, &needs, work.path())?;
+    let names = wheels::packages(Provider::Cuda).join(", ");
+    say(&format!("installing {names} with pip (1.6 GB to download), into {}", target.display()));
+    let downloaded = wheels::download(Provider::Cuda, &work.path().join("wheels"))?;
+    wheels::unpack(&downloaded, &packages, work.path()).map_err(|found| {
+        Error::new(Code::RuntimeMissing, Provider::Cuda.pinned().folder())
+            .found(found)
+            .expected("pip to unpack the wheels")
+            .help("update pip, or install onnxruntime-gpu[cuda,cudnn] yourself and name the library with --runtime")
+    })?;
     verify(&packages, true)?;
     // Another process may have installed it meanwhile: then what it put there is used, if it is whole.
     if fs::rename(&packages, &target).is_err() {
@@ -69,41 +70,6 @@ pub(super) fn check_installed(cache: &Path) -> Result<Library> {
 
 fn folder(cache: &Path) -> PathBuf {
     cache.join(Provider::Cuda.pinned().folder())
-}
-
-/// Lets pip put packages into a folder.
-fn unpack(packages: &Path, wanted: &[String], work: &Path) -> Result<()> {
-    // pip's own cache would hold every byte a second time.
-    let options = ["install", "--only-binary=:all:", "--no-cache-dir", "--no-compile", "--target"];
-    let mut arguments: Vec<&OsStr> = options.iter().map(OsStr::new).collect();
-    arguments.push(packages.as_os_str());
-    arguments.extend(wanted.iter().map(OsStr::new));
-    pip(&arguments, work).map_err(|found| {
-        Error::new(Code::RuntimeMissing, wanted.last().map_or("onnxruntime-gpu", String::as_str))
-            .found(found)
-            .expected("pip to install it")
-            .help(
-                "install onnxruntime-gpu[cuda,cudnn] into a Python on the path, or CUDA 13 itself, and name the library \
-                 with --runtime",
-            )
-    })
-}
-
-/// The text of METADATA of the onnxruntime wheel.
-fn metadata(packages: &Path) -> Result<String> {
-    let pinned = Provider::Cuda.pinned();
-    let name = format!("{}-{}.dist-info", pinned.package.replace('-', "_"), pinned.version);
-    let path = packages.join(name).join("METADATA");
-    fs::read_to_string(&path).map_err(|e| Error::io(&path, &e))
-}
-
-/// What the metadata names for the extras: `Requires-Dist: nvidia-curand~=10.0; extra == "cuda"`.
-fn requirements(metadata: &str) -> Vec<String> {
-    let named = metadata.lines().filter_map(|line| line.strip_prefix("Requires-Dist:")?.split_once(';'));
-    let wanted = named.filter(|(_, marker)| {
-        EXTRAS.iter().any(|extra| marker.split(['"', '\'']).any(|word| word == *extra) && marker.contains("extra"))
-    });
-    wanted.map(|(requirement, _)| requirement.trim().to_owned()).collect()
 }
 
 /// Compares every library of a folder of packages with its line in RECORD: its size, and its hash if that is asked for.
@@ -162,14 +128,6 @@ fn damaged(subject: &Path, found: impl std::fmt::Display) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_extras_name_what_is_needed() {
-        let metadata = "Name: onnxruntime-gpu\nRequires-Dist: numpy>=1.21.6\nRequires-Dist: sympy; extra == \"symbolic\"\n\
-                        Requires-Dist: nvidia-curand~=10.0; extra == \"cuda\"\n\
-                        Requires-Dist: nvidia-cudnn-cu13~=9.0; extra == 'cudnn'\n\nRequires-Dist is a field\n";
-        assert_eq!(requirements(metadata), ["nvidia-curand~=10.0", "nvidia-cudnn-cu13~=9.0"]);
-    }
 
     /// A folder as pip leaves it, with one library whose content is `content`, listed as `library`.
     fn packages(root: &Path, content: &[u8]) -> PathBuf {

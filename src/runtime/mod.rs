@@ -9,8 +9,10 @@ mod cuda;
 mod driver;
 mod install;
 mod install_cuda;
+mod outside;
 mod provider;
 mod search;
+mod wheels;
 
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, OnceLock, PoisonError};

@@ -3,11 +3,10 @@
 use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 
 use serde::Serialize;
 
-use super::{Library, OLDEST_MINOR, Origin, Provider};
+use super::{Library, OLDEST_MINOR, Origin, Provider, outside};
 
 /// What [`Search::run`] looks at. The default asks the machine; tests fill the fields in.
 #[derive(Debug, Clone)]
@@ -138,7 +137,11 @@ impl Search {
             _ => self.system.clone(),
         };
         let mut found: Vec<Place> = Vec::new();
-        for place in folders.iter().map(|folder| self.examine(origin, folder)) {
+        for folder in &folders {
+            let mut place = self.examine(origin, folder);
+            if place.library().is_some() && outside::is_inside(folder) {
+                place.state = State::Skipped { reason: format!("{}; --runtime takes it", outside::REASON) };
+            }
             if place.state != State::Absent && !found.contains(&place) {
                 found.push(place);
             }
@@ -257,26 +260,29 @@ fn minor(version: &str) -> Option<u32> {
     }
 }
 
-/// The programs that may be Python.
-pub(super) const PYTHONS: &[&str] = &["python3", "python", "py"];
-
 /// The `capi` folder of every Python on the path that has onnxruntime.
 fn python_folders() -> Vec<PathBuf> {
     ask_pythons("onnxruntime").iter().map(|folder| folder.join("capi")).collect()
 }
 
-/// The folders of a package in every Python on the path. The package is located, not imported.
+/// The folders of a package in every Python on the path. The package is located, not imported, and Python is isolated:
+/// neither the working directory nor Python's variables say where. That hides what the user has installed for itself
+/// only, which is no secret.
 pub(super) fn ask_pythons(package: &str) -> Vec<PathBuf> {
     let script = format!(
-        "import importlib.util as u; s = u.find_spec('{package}'); \
+        "import importlib.util as u, site, sys\n\
+         if sys.prefix == sys.base_prefix: sys.path.append(site.getusersitepackages())\n\
+         s = u.find_spec('{package}')\n\
          print(*(s.submodule_search_locations if s else ()), sep='\\n')"
     );
-    let ask = |python: &&str| {
-        let out = Command::new(python).args(["-c", &script]).stdin(Stdio::null()).stderr(Stdio::null()).output();
+    let Ok(work) = tempfile::tempdir() else { return Vec::new() };
+    let ask = |(_, python): (&str, PathBuf)| {
+        let mut command = outside::command(&python, work.path());
+        let out = outside::output(command.args(["-I", "-B", "-c", &script]));
         out.ok().filter(|o| o.status.success()).map(|o| String::from_utf8_lossy(&o.stdout).into_owned())
     };
     let mut folders: Vec<PathBuf> = Vec::new();
-    for text in PYTHONS.iter().filter_map(ask) {
+    for text in outside::pythons().filter_map(ask) {
         for folder in text.lines().map(str::trim).filter(|l| !l.is_empty()).map(PathBuf::from) {
             if !folders.contains(&folder) {
                 folders.push(folder);
@@ -345,6 +351,26 @@ mod tests {
         search.explicit = Some(own.parent().unwrap().to_path_buf());
         let library = search.run().library().unwrap();
         assert_eq!((library.origin, library.path), (Origin::Flag, own));
+    }
+
+    #[test]
+    fn what_lies_below_the_working_directory_is_passed_over_unless_it_is_named() {
+        let (root, inside) = (tempfile::tempdir().unwrap(), tempfile::tempdir_in(".").unwrap());
+        let folder = std::env::current_dir().unwrap().join(inside.path());
+        touch(&folder.join("libonnxruntime.so.1.32.0"));
+        for (python, system) in [(folder.clone(), root.path().into()), (root.path().into(), folder.clone())] {
+            let mut search = Search { python: Some(vec![python]), system: vec![system], ..empty(root.path()) };
+            assert!(search.run().library().is_none());
+            let reason = search.run().places.into_iter().find_map(|place| match place.state {
+                State::Skipped { reason } => Some(reason),
+                _ => None,
+            });
+            assert!(reason.is_some_and(|text| text.contains("working directory") && text.contains("--runtime")));
+            search.explicit = Some(folder.clone());
+            assert_eq!(search.run().library().unwrap().origin, Origin::Flag);
+        }
+        let relative = Search { system: vec![inside.path().to_path_buf()], ..empty(root.path()) };
+        assert!(relative.run().library().is_none());
     }
 
     #[test]

@@ -13,6 +13,7 @@ use super::placement::Profile;
 use super::{Dim, HIDDEN, Options, StateSlot};
 use crate::error::{Code, Error, Result};
 use crate::onnx::{GraphProto, ModelProto, ValueInfoProto};
+use crate::regular;
 use crate::runtime::Provider;
 
 /// The one way to make a session: what [`Options`] say, and nothing that depends on the model.
@@ -55,7 +56,7 @@ pub(super) fn open_session(
     if !options.hidden_states {
         return builder.commit_from_file(file);
     }
-    let bytes = fs::read(file).map_err(|e| ort::Error::new(e.to_string()))?;
+    let bytes = regular::read(file, regular::GRAPH).map_err(|e| ort::Error::new(e.to_string()))?;
     let bytes = with_hidden_states(bytes).map_err(|e| ort::Error::new(e.to_string()))?;
     from_bytes(builder, file, &bytes)
 }
@@ -93,7 +94,12 @@ pub(super) fn locate(path: &Path) -> Result<PathBuf> {
         return Ok(path.to_path_buf());
     }
     let genai = path.join("genai_config.json");
-    if let Ok(text) = fs::read(&genai) {
+    let text = match regular::read(&genai, regular::CONFIGURATION) {
+        Ok(text) => Some(text),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
+        Err(error) => return Err(Error::io(&genai, &error)),
+    };
+    if let Some(text) = text {
         let config: serde_json::Value = serde_json::from_slice(&text)
             .map_err(|e| Error::new(Code::ConfigInvalid, genai.display()).found(e).expected("JSON"))?;
         if let Some(name) = config.pointer("/model/decoder/filename").and_then(|v| v.as_str()) {
@@ -124,7 +130,7 @@ pub(super) struct Caches {
 impl Caches {
     /// That of a directory; nothing where there is none.
     pub(super) fn of(directory: &Path) -> Self {
-        let config = fs::read(directory.join("genai_config.json")).ok();
+        let config = regular::read(&directory.join("genai_config.json"), regular::CONFIGURATION).ok();
         let Some(config) = config.and_then(|text| serde_json::from_slice(&text).ok()) else { return Self::default() };
         let config: serde_json::Value = config;
         let shared = config.pointer("/search/past_present_share_buffer").and_then(serde_json::Value::as_bool);
@@ -142,12 +148,26 @@ impl Caches {
 
 fn existing(file: PathBuf) -> Result<PathBuf> {
     if file.is_file() {
-        return Ok(file);
+        return only_files_beside(&file).map(|()| file);
     }
     Err(Error::new(Code::Io, file.display())
         .found("no such file")
         .expected("a directory that `hf2onnx build` wrote, or an ONNX file")
         .help("check the path"))
+}
+
+/// onnxruntime opens the files that a graph names and waits for whoever writes into a pipe.
+fn only_files_beside(file: &Path) -> Result<()> {
+    let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    for entry in fs::read_dir(folder).map_err(|e| Error::io(folder, &e))?.flatten() {
+        let path = entry.path();
+        // A link to nothing is an error where it is opened.
+        let Ok(metadata) = path.metadata() else { continue };
+        if !metadata.is_dir() {
+            regular::check(&metadata).map_err(|e| Error::io(&path, &e))?;
+        }
+    }
+    Ok(())
 }
 
 /// The environment that was loaded.

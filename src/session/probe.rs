@@ -1,7 +1,6 @@
 //! Values from the middle of a decoder: what its layers see.
 
 use std::collections::HashSet;
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use ort::session::{Session, SessionInputValue};
@@ -11,6 +10,7 @@ use super::open::{builder, environment, from_bytes, locate, not_opened};
 use super::{IDS, IntMatrix, MASK, Options, POSITIONS, StateSlot, refused, slot_of, tensor, zeros};
 use crate::error::{Code, Error, Result};
 use crate::onnx::{GraphProto, ModelProto, ValueInfoProto};
+use crate::regular;
 
 /// A decoder of which only some values are computed, and nothing that comes after them.
 #[derive(Debug)]
@@ -28,7 +28,7 @@ impl Probe {
     /// There is no onnxruntime, or it can not compute these values.
     pub fn open(path: &Path, options: &Options, names: &[String]) -> Result<Self> {
         let file = locate(path)?;
-        let bytes = fs::read(&file).map_err(|e| Error::io(&file, &e))?;
+        let bytes = regular::read(&file, regular::GRAPH).map_err(|e| Error::io(&file, &e))?;
         let mut model = ModelProto::decode(bytes.as_slice())
             .map_err(|e| Error::new(Code::RuntimeFailed, file.display()).found(e).expected("an ONNX model"))?;
         let graph = model.graph.get_or_insert_default();

@@ -9,7 +9,6 @@ mod invert;
 mod shards;
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::Path;
 
 use serde_json::{Map, Value};
@@ -154,7 +153,8 @@ pub fn plan(config: &Path, template: Option<&Path>, allowed_keys: &[String]) -> 
     let values = json_file(config)?;
     let template = describe::choose(&values, template)?;
     let tensors = tensors(&template, &values, allowed_keys)?;
-    let config = fs::read(config).map_err(|error| Error::io(config, &error))?;
+    let config =
+        crate::regular::read(config, crate::regular::CONFIGURATION).map_err(|error| Error::io(config, &error))?;
     Ok(Checkpoint { tensors, config })
 }
 

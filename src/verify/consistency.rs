@@ -188,7 +188,7 @@ fn find_divergence(model: &Path, other: Option<&Path>, prompt: &Prompt, options:
 /// Three rows of tokens drawn from the model's vocabulary, the same for each run.
 fn random_prompt(folder: &Path) -> Result<Prompt> {
     let path = folder.join("config.json");
-    let text = std::fs::read(&path).map_err(|e| Error::io(&path, &e))?;
+    let text = crate::regular::read(&path, crate::regular::CONFIGURATION).map_err(|e| Error::io(&path, &e))?;
     let config: serde_json::Value = serde_json::from_slice(&text)
         .map_err(|e| Error::new(Code::ConfigInvalid, path.display()).found(e).expected("JSON"))?;
     let number = |key: &str| {

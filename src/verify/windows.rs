@@ -50,7 +50,7 @@ impl Window {
 /// # Errors
 /// The text can not be read, or has fewer than two tokens.
 pub fn text_windows(tokenizer: &Tokenizer, text: &Path, window: usize) -> Result<Vec<Window>> {
-    let content = std::fs::read_to_string(text).map_err(|e| Error::io(text, &e))?;
+    let content = crate::regular::read_text(text, crate::regular::TEXT).map_err(|e| Error::io(text, &e))?;
     let ids: Vec<i64> = tokenizer.encode(&content, false)?.into_iter().map(i64::from).collect();
     let Some((_, targets)) = ids.split_first().filter(|(_, rest)| !rest.is_empty()) else {
         return Err(Error::new(Code::UsageInvalid, text.display())

@@ -11,6 +11,7 @@ use super::tokenizer::copy_tokenizer;
 use crate::element::ElementType;
 use crate::error::{Error, Result};
 use crate::read::{Repository, contained, from_model_config};
+use crate::regular;
 
 /// What consumers have to know of the written model.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -131,7 +132,7 @@ fn generation_config(config: &Map<String, Value>) -> Value {
 fn copy_generation_config(repository: &Repository, directory: &Path) -> Result<()> {
     let name = "generation_config.json";
     let source = contained(&repository.dir, name)?;
-    let bytes = fs::read(&source).map_err(|error| Error::io(&source, &error))?;
+    let bytes = regular::read(&source, regular::CONFIGURATION).map_err(|error| Error::io(&source, &error))?;
     if serde_json::from_slice::<serde::de::IgnoredAny>(&bytes).is_ok() {
         return write_file(&directory.join(name), &bytes);
     }

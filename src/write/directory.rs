@@ -13,7 +13,8 @@ use std::path::{Path, PathBuf};
 use tempfile::NamedTempFile;
 
 use crate::error::{Code, Error, Result};
-use crate::interrupt;
+use crate::interrupt::{self, Ending};
+use crate::read::hash_bytes;
 
 /// Whether an existing output may be replaced.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,6 +34,8 @@ pub struct Staging {
     /// Removed last, after the directory is gone or renamed.
     _lock: NamedTempFile,
     _parents: Parents,
+    /// What a program that is ended meanwhile does with all of it.
+    ending: Option<Ending>,
 }
 
 const MARK: &str = ".hf2onnx-partial-";
@@ -49,15 +52,23 @@ impl Staging {
                 .expected("an output directory that can be made")
                 .help("give a path such as out/my-model"));
         };
-        let prefix: OsString = [OsStr::new("."), name, OsStr::new(MARK)].iter().copied().collect();
+        let prefix: OsString = [OsStr::new("."), &short(name), OsStr::new(MARK)].iter().copied().collect();
         remove_leftovers(parent, &prefix, &output);
         check_replaceable(&output, force)?;
-        let parents = Parents::create(parent)?;
-        let lock = make_lock(parent, &prefix)?;
+        let unusable = |error: &Error| {
+            let found = format!("{}: {}", parent.display(), error.found);
+            Error::new(Code::Io, output.display())
+                .found(found)
+                .expected("an output in a directory where files can be made")
+                .help("choose another --output, or check the permissions")
+        };
+        let parents = Parents::create(parent).map_err(|error| unusable(&error))?;
+        let lock = make_lock(parent, &prefix).map_err(|error| unusable(&error))?;
         // `…-abc.lock` belongs to `…-abc`.
         let path = lock.path().with_extension("");
-        fs::create_dir(&path).map_err(|error| Error::io(&path, &error))?;
-        Ok(Self { output, path, force, _lock: lock, _parents: parents })
+        fs::create_dir(&path).map_err(|error| unusable(&Error::io(&path, &error)))?;
+        let ending = Some(end(&path, lock.path(), parents.0.clone()));
+        Ok(Self { output, path, force, _lock: lock, _parents: parents, ending })
     }
 
     /// Where to write: a directory that exists and is empty at first.
@@ -69,9 +80,11 @@ impl Staging {
     ///
     /// # Errors
     /// The output exists and may not be replaced, the disk refuses, or the user asked for an end.
-    pub fn commit(self) -> Result<()> {
+    pub fn commit(mut self) -> Result<()> {
         settle(&self.path)?;
         interrupt::check()?;
+        // From here on nobody may remove it: it may be the output already.
+        drop(self.ending.take());
         check_replaceable(&self.output, self.force)?;
         let io = |error: std::io::Error| Error::io(&self.output, &error);
         if self.output.symlink_metadata().is_ok() {
@@ -104,6 +117,34 @@ impl Drop for Staging {
             tracing::warn!("{} could not be removed: {error}", self.path.display());
         }
     }
+}
+
+/// A name from which names for what lies beside it can be made: file systems end them at 255 bytes, some at less. One
+/// that is cut short keeps its hash, so that no two outputs share theirs.
+fn short(name: &OsStr) -> OsString {
+    const LONGEST: usize = 120;
+    let text = name.to_string_lossy();
+    if name.len() <= LONGEST {
+        return name.to_owned();
+    }
+    let within = |bytes: &mut usize, letter: char| {
+        *bytes += letter.len_utf8();
+        (*bytes <= LONGEST - 17).then_some(letter)
+    };
+    let start: String = text.chars().scan(0, within).collect();
+    let hash = hash_bytes("", name.as_encoded_bytes()).sha256.unwrap_or_default();
+    format!("{start}-{}", hash.get(..16).unwrap_or_default()).into()
+}
+
+/// Removes all that a build has made when the program is ended meanwhile.
+fn end(path: &Path, lock: &Path, parents: Vec<PathBuf>) -> Ending {
+    let (path, lock) = (path.to_owned(), lock.to_owned());
+    interrupt::at_end(move || {
+        interrupt::remove(&path);
+        // What is left is in nobody's way: the next build of the same output removes it.
+        let _ = fs::remove_file(&lock);
+        drop(Parents(parents));
+    })
 }
 
 /// Directories made above the output; dropped, those that are still empty go again.
@@ -141,6 +182,17 @@ fn resolve(output: &Path) -> Result<PathBuf> {
     let io = |error: std::io::Error| Error::io(output, &error);
     match output.symlink_metadata() {
         Ok(_) => dunce::canonicalize(output).map_err(io),
+        // Told before anything is computed, not when the output gets its name.
+        Err(error) if error.kind() == ErrorKind::InvalidFilename => {
+            Err(Error::new(Code::UsageInvalid, output.display())
+                .found(error)
+                .expected("names that the file system takes, of 255 bytes at most on most")
+                .help("choose a shorter --output"))
+        }
+        Err(error) if error.kind() == ErrorKind::NotADirectory => Err(Error::new(Code::Io, output.display())
+            .found("a file where a directory would have to be")
+            .expected("a path where a directory can be made")
+            .help("choose another --output")),
         Err(_) => std::path::absolute(output).map_err(io),
     }
 }

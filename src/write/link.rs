@@ -4,7 +4,9 @@ use std::fs;
 use std::io::ErrorKind;
 use std::path::Path;
 
+use super::space::check_space;
 use crate::error::{Error, Result};
+use crate::interrupt;
 use crate::read::{Checkpoint, ShardFile};
 
 /// What became of the files that a graph refers to.
@@ -21,16 +23,29 @@ pub struct LinkReport {
 /// with the original where the file system can (reflink).
 pub fn link(checkpoint: &Checkpoint, files: &[usize], folder: &Path) -> Result<LinkReport> {
     let mut report = LinkReport::default();
+    let mut refused = Vec::new();
     for file in files.iter().filter_map(|index| checkpoint.files().get(*index)) {
         match place(file, folder)? {
             None => report.linked.push(file.name.clone()),
-            Some(reason) => report.copied.push((file.name.clone(), file.size, reason)),
+            Some(reason) => refused.push((file, reason)),
         }
+    }
+    // Only now it is known what is copied: room is asked for all of it before the first byte.
+    let bytes = refused.iter().map(|(file, _)| file.size).fold(0, u64::saturating_add);
+    if bytes > 0 {
+        check_space(folder, bytes)?;
+    }
+    for (file, reason) in refused {
+        interrupt::check()?;
+        let path = folder.join(&file.name);
+        // The standard library's copy clones blocks, or leaves the copying to the system, where that is possible.
+        fs::copy(&file.path, &path).map_err(|error| Error::io(&path, &error))?;
+        report.copied.push((file.name.clone(), file.size, reason));
     }
     Ok(report)
 }
 
-/// Links a file, or copies it and says why.
+/// Links a file, or says why it can not be.
 fn place(file: &ShardFile, folder: &Path) -> Result<Option<String>> {
     let path = folder.join(&file.name);
     if let Some(parent) = path.parent() {
@@ -40,8 +55,6 @@ fn place(file: &ShardFile, folder: &Path) -> Result<Option<String>> {
     if refused.kind() == ErrorKind::NotFound {
         return Err(Error::io(&file.path, &refused));
     }
-    // The standard library's copy clones blocks, or leaves the copying to the system, where that is possible.
-    fs::copy(&file.path, &path).map_err(|error| Error::io(&path, &error))?;
     let reason = match refused.kind() {
         ErrorKind::CrossesDevices => "it lies on another file system".to_owned(),
         ErrorKind::PermissionDenied => "its owner does not allow links".to_owned(),

@@ -2,14 +2,16 @@
 //! that other consumers refuse.
 
 use std::fs::{self, File};
+use std::io::Read as _;
 use std::path::Path;
 
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::consumers::write_json;
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::read::{contained, json_file};
+use crate::regular;
 
 /// Every file that some tokenizer is read from.
 const FILES: &[&str] = &[
@@ -65,11 +67,20 @@ fn copy(from: &Path, to: &Path, name: &str, copied: &mut Vec<String>) -> Result<
         return Ok(());
     }
     let source = contained(from, name)?;
-    let mut reader = File::open(&source).map_err(|error| Error::io(&source, &error))?;
+    let (reader, metadata) = regular::open(&source).map_err(|error| Error::io(&source, &error))?;
+    let most = if Path::new(name).extension().is_some_and(|end| end == "jinja") {
+        regular::CONFIGURATION
+    } else {
+        regular::TOKENIZER
+    };
+    if metadata.len() > most {
+        let error = Error::new(Code::TokenizerInvalid, source.display()).found(format!("{} bytes", metadata.len()));
+        return Err(error.expected(format!("at most {most}")).help("remove the file, or download it again"));
+    }
     let target = to.join(name);
     // Not `fs::copy`, which would copy a cache's read-only mode along.
     File::create(&target)
-        .and_then(|mut writer| std::io::copy(&mut reader, &mut writer))
+        .and_then(|mut writer| std::io::copy(&mut reader.take(most), &mut writer))
         .map_err(|error| Error::io(&target, &error))?;
     copied.push(name.to_owned());
     Ok(())
@@ -141,7 +152,7 @@ fn added_tokens(dir: &Path) -> Vec<AddedToken> {
         #[serde(default)]
         added_tokens: Vec<AddedToken>,
     }
-    let bytes = contained(dir, "tokenizer.json").ok().and_then(|path| fs::read(path).ok());
+    let bytes = contained(dir, "tokenizer.json").ok().and_then(|path| regular::read(&path, regular::TOKENIZER).ok());
     let tokenizer = bytes.and_then(|bytes| serde_json::from_slice::<Tokenizer>(&bytes).ok());
     tokenizer.map(|tokenizer| tokenizer.added_tokens).unwrap_or_default()
 }

@@ -41,6 +41,8 @@ pub struct Model {
     pub busy: usize,
     /// Ranges are not known here.
     pub no_ranges: bool,
+    /// Answers whose path ends with this come byte by byte.
+    pub trickle: Option<String>,
 }
 
 /// A request as it came.
@@ -208,7 +210,16 @@ impl Shared {
         stream.write_all(b"\r\n")?;
         if request.method != "HEAD" {
             let end = answer.cut.unwrap_or(answer.body.len()).min(answer.body.len());
-            stream.write_all(answer.body.get(..end).unwrap_or_default())?;
+            let body = answer.body.get(..end).unwrap_or_default();
+            let path = request.path.split('?').next().unwrap_or_default();
+            let slow = lock(&self.model).trickle.as_ref().is_some_and(|end| path.ends_with(end.as_str()));
+            for byte in body.chunks(if slow { 1 } else { body.len().max(1) }) {
+                stream.write_all(byte)?;
+                if slow {
+                    // So that the next byte is read for itself.
+                    std::thread::sleep(std::time::Duration::from_millis(1));
+                }
+            }
         }
         Ok(())
     }

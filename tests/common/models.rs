@@ -7,6 +7,7 @@ use hf2onnx::compile::{self, Compiled, KvCache, Options, Weights, compile};
 use hf2onnx::element::ElementType;
 use hf2onnx::lower::Padding;
 use hf2onnx::opset::Target;
+use hf2onnx::read::Adapter;
 use hf2onnx::runtime::{Search, ensure};
 use hf2onnx::write::Force;
 
@@ -19,6 +20,7 @@ pub const TARGETS: [&str; 3] = ["ort-cpu", "standard", "primitive"];
 pub fn options(repository: &Path, target: &str) -> TestResult<Options> {
     let target = Target::named(target)?;
     Ok(Options {
+        adapter: Adapter::Refuse,
         repository: repository.to_owned(),
         template: None,
         target,
