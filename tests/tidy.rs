@@ -10,9 +10,10 @@ use std::path::{Path, PathBuf};
 type TestResult<T = ()> = Result<T, Box<dyn Error>>;
 
 /// The modules in the order of the pipeline: each may use those before it.
-const PIPELINE: [&str; 36] = [
+const PIPELINE: [&str; 38] = [
     "error",
     "guard",
+    "jinja",
     "stage",
     "interrupt",
     "element",
@@ -23,6 +24,7 @@ const PIPELINE: [&str; 36] = [
     "hub",
     "quantize",
     "read",
+    "chat",
     "spec",
     "describe",
     "graph",

@@ -21,6 +21,7 @@ pub use checkpoint::{Checkpoint, ShardFile, TensorInfo};
 pub use hash::{FileHash, hash_files};
 pub(crate) use hash::{file_name, hash_bytes, hash_file, hex};
 pub use header::safetensors_header;
+pub(crate) use json::text_file;
 pub use json::{json_file, json_object};
 pub use locate::safetensors_index;
 pub use path::contained;

@@ -5,13 +5,13 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 
 use super::consumers::Signature;
-use super::tokenizer::special_token;
+use crate::chat::SpecialTokens;
 use crate::error::{Code, Error, Result};
 use crate::read::Repository;
 
 /// The whole file. `type` is "decoder", which stands for every architecture that genai has no name for.
-pub(crate) fn genai_config(repository: &Repository, signature: &Signature) -> Result<Value> {
-    let mut model = token_ids(repository, signature.vocab_size);
+pub(crate) fn genai_config(repository: &Repository, signature: &Signature, tokens: &SpecialTokens) -> Result<Value> {
+    let mut model = token_ids(repository, tokens, signature.vocab_size);
     model.insert("context_length".into(), signature.context_length.into());
     model.insert("decoder".into(), decoder(signature));
     model.insert("type".into(), "decoder".into());
@@ -51,13 +51,13 @@ fn decoder(signature: &Signature) -> Value {
 }
 
 /// The ids with the fallbacks of genai's own builder: beginning 1, padding the first end.
-fn token_ids(repository: &Repository, vocab_size: usize) -> Map<String, Value> {
+fn token_ids(repository: &Repository, tokens: &SpecialTokens, vocab_size: usize) -> Map<String, Value> {
     let mut model = Map::new();
-    let beginning = ids(repository, "bos_token_id", vocab_size).first().copied().unwrap_or(1);
-    let mut ends = ids(repository, "eos_token_id", vocab_size);
-    let padding = ids(repository, "pad_token_id", vocab_size).first().or(ends.first()).copied();
+    let beginning = ids(repository, tokens, "bos_token_id", vocab_size).first().copied().unwrap_or(1);
+    let mut ends = ids(repository, tokens, "eos_token_id", vocab_size);
+    let padding = ids(repository, tokens, "pad_token_id", vocab_size).first().or(ends.first()).copied();
     // A chat model's turn ends with the tokenizer's token, which the configurations may not name.
-    if let Some(turn_end) = special_token(&repository.dir, "eos_token")
+    if let Some(turn_end) = tokens.id("eos_token")
         && is_token(turn_end, vocab_size)
         && !ends.contains(&turn_end)
     {
@@ -82,7 +82,7 @@ fn is_token(id: i64, vocab_size: usize) -> bool {
 }
 
 /// Token ids under this key: of `generation_config.json`, else `config.json`, else the tokenizer.
-fn ids(repository: &Repository, key: &str, vocab_size: usize) -> Vec<i64> {
+fn ids(repository: &Repository, tokens: &SpecialTokens, key: &str, vocab_size: usize) -> Vec<i64> {
     let read = |config: &Map<String, Value>| -> Vec<i64> {
         let values = match config.get(key) {
             Some(Value::Array(values)) => values.as_slice(),
@@ -97,7 +97,7 @@ fn ids(repository: &Repository, key: &str, vocab_size: usize) -> Vec<i64> {
             return found;
         }
     }
-    let special = special_token(&repository.dir, key.trim_end_matches("_id"));
+    let special = tokens.id(key.trim_end_matches("_id"));
     special.into_iter().filter(|id| is_token(*id, vocab_size)).collect()
 }
 
