@@ -44,11 +44,11 @@ impl Clock {
         Self::of(&Zoned::now())
     }
 
-    /// A time in seconds since 1970-01-01 in UTC, in a zone as POSIX spells it: `CET-1CEST,M3.5.0,M10.5.0/3`. `None`
-    /// for what is no time or no zone.
-    pub fn at(seconds: i64, zone: &str) -> Option<Self> {
+    /// A time in microseconds since 1970-01-01 in UTC, in a zone as POSIX spells it: `CET-1CEST,M3.5.0,M10.5.0/3`.
+    /// `None` for what is no time or no zone.
+    pub fn at(microseconds: i64, zone: &str) -> Option<Self> {
         let zone = TimeZone::posix(zone).ok()?;
-        Some(Self::of(&Timestamp::from_second(seconds).ok()?.to_zoned(zone)))
+        Some(Self::of(&Timestamp::from_microsecond(microseconds).ok()?.to_zoned(zone)))
     }
 
     fn of(time: &Zoned) -> Self {
