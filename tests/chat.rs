@@ -11,7 +11,7 @@ use std::path::PathBuf;
 
 use common::TestResult;
 use hf2onnx::chat::{ChatTemplate, Clock, Conversation};
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 
 fn folder() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("golden/chat")

@@ -33,7 +33,6 @@ pub struct SpecialTokens {
     lacking: Vec<AddedToken>,
     /// A token to which two files give two ids.
     contradiction: Option<Error>,
-    has_vocabulary: bool,
 }
 
 impl SpecialTokens {
@@ -45,7 +44,7 @@ impl SpecialTokens {
         let config = object(dir, CONFIG)?.unwrap_or_default();
         let vocabulary = Vocabulary::read(dir)?;
         let has_vocabulary = vocabulary.is_some();
-        let mut tokens = Self { vocabulary: vocabulary.unwrap_or_default(), has_vocabulary, ..Self::default() };
+        let mut tokens = Self { vocabulary: vocabulary.unwrap_or_default(), ..Self::default() };
         // Where the settings of added tokens are, the older files are not read.
         let legacy = config.get("added_tokens_decoder").is_none();
         let map = if legacy { object(dir, MAP)?.unwrap_or_default() } else { Map::new() };
@@ -66,11 +65,6 @@ impl SpecialTokens {
     /// The id of a special token (`bos_token`, `eos_token`, `pad_token`), where the files say.
     pub fn id(&self, name: &str) -> Option<i64> {
         self.vocabulary.id(self.named.get(name)?.as_str()?)
-    }
-
-    /// Whether the directory has a tokenizer.json.
-    pub(crate) fn has_vocabulary(&self) -> bool {
-        self.has_vocabulary
     }
 
     /// Tokens that transformers adds to those of tokenizer.json, or whose settings it changes.

@@ -5,7 +5,7 @@ use super::fault::{Fault, Result};
 /// Steps and bytes, all together. A template takes a few thousand for one message.
 pub(super) const MOST: usize = 1 << 28;
 /// What evaluating one node counts.
-const STEP: usize = 16;
+const STEP: usize = 32;
 /// What an item of a list counts: about the bytes that it takes.
 pub(super) const ITEM: usize = 48;
 

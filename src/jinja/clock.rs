@@ -36,7 +36,7 @@ const MONTHS: [&str; 12] = [
 ];
 const DAYS: [&str; 7] = ["Sunday", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday"];
 /// Widest field.
-const WIDEST: usize = 1000;
+pub(super) const WIDEST: usize = 1000;
 
 impl Clock {
     /// The system's time in its zone.

@@ -203,7 +203,7 @@ impl<'t> Machine<'t> {
     }
 
     pub(super) fn compare(&mut self, comparison: Comparison, left: &Value, right: &Value) -> Result<bool> {
-        self.budget.make(size(left).min(size(right)))?;
+        self.budget.make(left.weight().min(right.weight()))?;
         let ordered = |machine: &mut Self| machine.order(left, right);
         Ok(match comparison {
             Comparison::Equal => equal(left, right),
@@ -215,6 +215,12 @@ impl<'t> Machine<'t> {
             Comparison::In => self.contains(right, left)?,
             Comparison::NotIn => !self.contains(right, left)?,
         })
+    }
+
+    /// Python's `==`, counted.
+    pub(super) fn same(&mut self, left: &Value, right: &Value) -> Result<bool> {
+        self.budget.make(left.weight().min(right.weight()))?;
+        Ok(equal(left, right))
     }
 
     /// Python's order; `None` for what is neither less nor greater, as not-a-number.
@@ -260,8 +266,7 @@ impl<'t> Machine<'t> {
             Value::Dict(dict) | Value::View(dict, View::Keys) => Ok(dict.get(part)?.is_some()),
             Value::Held(Held::Generator, index) => {
                 while let Some(item) = self.pull(*index) {
-                    self.budget.step()?;
-                    if equal(&item, part) {
+                    if self.same(&item, part)? {
                         return Ok(true);
                     }
                 }
@@ -277,9 +282,12 @@ impl<'t> Machine<'t> {
                 Err(Fault::kind_error(format!("argument of type '{}' is not iterable", whole.kind())))
             }
             _ => {
-                let items = self.items(whole)?;
-                self.budget.make(items.iter().map(|item| size(item).min(size(part))).sum())?;
-                Ok(items.iter().any(|item| equal(item, part)))
+                for item in self.items(whole)? {
+                    if self.same(&item, part)? {
+                        return Ok(true);
+                    }
+                }
+                Ok(false)
             }
         }
     }
@@ -367,6 +375,7 @@ impl<'t> Machine<'t> {
 
     /// What Python's `getattr` finds, as far as the sandbox lets it be seen.
     pub(super) fn own_attribute(&mut self, of: &Value, name: &str) -> Result<Option<Value>> {
+        self.budget.make(name.len())?;
         match of {
             Value::Held(Held::Namespace, index) => return Ok(self.namespace_attribute(*index, name)),
             Value::Held(Held::Loop, index) => return self.loop_attribute(*index, name),
@@ -463,16 +472,6 @@ fn value_of(constant: &Constant) -> Value {
         Constant::Int(number) => Value::Int(*number),
         Constant::Float(number) => Value::Float(*number),
         Constant::Str(text) => Value::Str(Arc::clone(text)),
-    }
-}
-
-/// About the bytes that are read when a value is compared.
-pub(super) fn size(value: &Value) -> usize {
-    match value {
-        Value::Str(text) | Value::Markup(text) => text.len(),
-        Value::List(list) | Value::Tuple(list) => list.items.iter().fold(8, |sum, item| sum.saturating_add(size(item))),
-        Value::Dict(dict) => dict.entries.values().fold(8, |sum, item| sum.saturating_add(size(item))),
-        _ => 8,
     }
 }
 

@@ -9,7 +9,7 @@ use super::format::{percent, truncated};
 use super::machine::{Given, Machine};
 use super::methods;
 use super::text::{html, is_space, lines};
-use super::value::{Held, Key, Value, View, equal};
+use super::value::{Held, Key, Value, View};
 
 const NAMES: [&str; 54] = [
     "abs",
@@ -198,7 +198,7 @@ impl<'t> Machine<'t> {
                 Value::Markup(_) if name != "forceescape" => value.clone(),
                 _ => Value::Markup(html(&text).into()),
             },
-            "striptags" => Value::text(self.without_tags(&text)),
+            "striptags" => Value::text(without_tags(&text)),
             "wordcount" => Value::count(words(&text)),
             "truncate" => truncate(&text, &mut given)?,
             other => return Err(Fault::new(Kind::Python, format!("No filter named '{other}'."))),
@@ -211,6 +211,10 @@ impl<'t> Machine<'t> {
     fn filter_of_many(&mut self, name: &str, value: &Value, mut given: Given) -> Result<Value> {
         let found = match name {
             "length" | "count" => match value {
+                Value::Str(text) | Value::Markup(text) => {
+                    self.budget.make(text.len())?;
+                    Value::count(text.chars().count())
+                }
                 Value::Held(Held::Loop, index) => Value::count(self.loop_place(*index)?.1),
                 _ => match value.length() {
                     Some(length) => Value::count(length),
@@ -364,7 +368,7 @@ impl<'t> Machine<'t> {
     /// The order of values, stable.
     pub(super) fn sorted(&mut self, keys: &[Value], reverse: bool) -> Result<Vec<usize>> {
         let rounds = usize::try_from(keys.len().max(2).ilog2()).unwrap_or(64) + 1;
-        let bytes: usize = keys.iter().map(super::evaluate::size).sum();
+        let bytes = keys.iter().fold(0_usize, |sum, key| sum.saturating_add(key.weight()));
         self.budget.make(bytes.saturating_mul(rounds))?;
         self.budget.items(keys.len())?;
         let mut order: Vec<usize> = (0..keys.len()).collect();
@@ -453,8 +457,12 @@ impl<'t> Machine<'t> {
         let mut groups: Vec<(Value, Vec<Value>)> = Vec::new();
         for place in self.sorted(&keys, false)? {
             let (Some(key), Some(item)) = (keys.get(place), items.get(place)) else { continue };
+            let joins = match groups.last() {
+                Some((before, _)) => self.same(before, key)?,
+                None => false,
+            };
             match groups.last_mut() {
-                Some((before, members)) if equal(before, key) => members.push(item.clone()),
+                Some((_, members)) if joins => members.push(item.clone()),
                 _ => groups.push((key.clone(), vec![item.clone()])),
             }
         }
@@ -492,7 +500,10 @@ impl<'t> Machine<'t> {
             let key = self.sort_key(&item, path.as_ref(), fold, None)?;
             let better = match &best {
                 None => true,
-                Some((before, _)) => self.order(&key, before)? == Some(wanted),
+                Some((before, _)) => {
+                    self.budget.make(key.weight().min(before.weight()))?;
+                    self.order(&key, before)? == Some(wanted)
+                }
             };
             if better {
                 best = Some((key, item));
@@ -575,21 +586,6 @@ impl<'t> Machine<'t> {
         }
         self.budget.make(out.len())?;
         Ok(Value::text_like(out, value))
-    }
-
-    fn without_tags(&mut self, text: &str) -> String {
-        let mut rest = text.to_owned();
-        while let Some(start) = rest.find("<!--") {
-            let Some(end) = rest.get(start..).and_then(|tail| tail.find("-->")) else { break };
-            rest.replace_range(start..start + end + 3, "");
-        }
-        while let Some(start) = rest.find('<') {
-            let Some(end) = rest.get(start..).and_then(|tail| tail.find('>')) else { break };
-            rest.replace_range(start..=start + end, "");
-        }
-        let plain = rest.replace("&lt;", "<").replace("&gt;", ">").replace("&#34;", "\"").replace("&#39;", "'");
-        let plain = plain.replace("&quot;", "\"").replace("&amp;", "&");
-        plain.split(is_space).filter(|word| !word.is_empty()).collect::<Vec<_>>().join(" ")
     }
 
     fn url(&mut self, value: &Value) -> Result<Value> {
@@ -735,6 +731,24 @@ fn title(text: &str) -> String {
         begins = separates;
     }
     out
+}
+
+/// A text without comments and tags, its space joined.
+fn without_tags(text: &str) -> String {
+    let without = |text: &str, start: &str, end: &str| {
+        let (mut out, mut rest) = (String::new(), text);
+        while let Some((before, behind)) =
+            rest.split_once(start).and_then(|(before, tail)| tail.split_once(end).map(|(_, behind)| (before, behind)))
+        {
+            out.push_str(before);
+            rest = behind;
+        }
+        out + rest
+    };
+    let rest = without(&without(text, "<!--", "-->"), "<", ">");
+    let plain = rest.replace("&lt;", "<").replace("&gt;", ">").replace("&#34;", "\"").replace("&#39;", "'");
+    let plain = plain.replace("&quot;", "\"").replace("&amp;", "&");
+    plain.split(is_space).filter(|word| !word.is_empty()).collect::<Vec<_>>().join(" ")
 }
 
 fn words(text: &str) -> usize {

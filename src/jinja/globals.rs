@@ -2,7 +2,7 @@
 
 use indexmap::IndexMap;
 
-use super::clock::strftime;
+use super::clock::{WIDEST, strftime};
 use super::fault::{Fault, Kind, Result};
 use super::machine::{Given, Machine};
 use super::value::{Key, Range, Value};
@@ -29,7 +29,8 @@ impl Machine<'_> {
                 let Some(text) = format.as_str() else {
                     return Err(Fault::kind_error(format!("strftime() argument 1 must be str, not {}", format.kind())));
                 };
-                self.budget.make(text.len().saturating_mul(8))?;
+                self.budget.copies(text.matches('%').count(), WIDEST)?;
+                self.budget.make(text.len())?;
                 Ok(Value::text(strftime(text, &self.clock)?))
             }
             "range" => range(&given),

@@ -294,8 +294,11 @@ impl<'s> Lexer<'s> {
 
 /// The first tag in a text.
 fn opening(text: &str) -> Option<(usize, &'static str)> {
-    let found = ["{%", "{{", "{#"].into_iter().filter_map(|open| Some((text.find(open)?, open)));
-    found.min_by_key(|(at, _)| *at)
+    text.match_indices('{').find_map(|(at, _)| {
+        let behind = text.get(at..)?;
+        let open = ["{%", "{{", "{#"].into_iter().find(|open| behind.starts_with(open))?;
+        Some((at, open))
+    })
 }
 
 /// The length of a tag that begins raw text, behind its `{%`.

@@ -378,6 +378,7 @@ impl<'t> Machine<'t> {
     }
 
     pub(super) fn loop_method(&mut self, index: usize, name: &str, given: Given) -> Result<Value> {
+        self.budget.make(given.positional.iter().fold(0_usize, |sum, value| sum.saturating_add(value.weight())))?;
         let Some(running) = self.loops.get_mut(index) else { return Ok(Value::None) };
         if name == "changed" {
             let same = running.changed.as_ref().is_some_and(|before| {

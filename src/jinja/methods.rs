@@ -4,7 +4,7 @@ use super::fault::{Fault, Kind, Result};
 use super::format::braces;
 use super::machine::{Given, Machine};
 use super::text::{is_printable, is_space, lines};
-use super::value::{Held, Value, View, equal};
+use super::value::{Held, Value, View};
 
 const OF_TEXT: [&str; 42] = [
     "capitalize",
@@ -143,13 +143,21 @@ impl Machine<'_> {
         let items = self.items(of)?;
         if name == "count" {
             given.done(name)?;
-            return Ok(Value::count(items.iter().filter(|item| equal(item, &wanted)).count()));
+            let mut count = 0;
+            for item in &items {
+                count += usize::from(self.same(item, &wanted)?);
+            }
+            return Ok(Value::count(count));
         }
         let (start, stop) = (given.take(1, ""), given.take(2, ""));
         given.done(name)?;
         let (start, stop) = window(start.as_ref(), stop.as_ref(), items.len())?;
-        let found = (start..stop).find(|at| items.get(*at).is_some_and(|item| equal(item, &wanted)));
-        found.map(Value::count).ok_or_else(|| Fault::value_error("the value is not in the list"))
+        for (place, item) in items.iter().enumerate().take(stop).skip(start) {
+            if self.same(item, &wanted)? {
+                return Ok(Value::count(place));
+            }
+        }
+        Err(Fault::value_error("the value is not in the list"))
     }
 
     fn text_method(&mut self, of: &Value, text: &str, name: &'static str, mut given: Given) -> Result<Value> {

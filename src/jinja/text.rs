@@ -115,6 +115,7 @@ impl Machine<'_> {
     }
 
     fn write_repr(&mut self, value: &Value, out: &mut String) -> Result<()> {
+        self.budget.step()?;
         let before = out.len();
         match value {
             Value::Undefined(_) => out.push_str("Undefined"),

@@ -9,6 +9,8 @@ use super::fault::{Fault, Result};
 
 /// How deep lists and dictionaries may lie in each other. Python gives up at about 1000 while it prints them.
 const DEEPEST: usize = 200;
+/// Largest tuple that can be a key.
+const HEAVIEST: usize = 10_000;
 
 #[derive(Debug, Clone)]
 pub(super) enum Value {
@@ -70,12 +72,15 @@ impl Range {
 pub(super) struct List {
     pub(super) items: Vec<Value>,
     depth: usize,
+    /// About the bytes that are read when it is compared. One list may lie in another many times.
+    weight: usize,
 }
 
 #[derive(Debug)]
 pub(super) struct Dict {
     pub(super) entries: IndexMap<Key, Value>,
     depth: usize,
+    weight: usize,
 }
 
 impl Value {
@@ -99,7 +104,10 @@ impl Value {
     pub(super) fn dict(entries: IndexMap<Key, Self>) -> Result<Self> {
         let depth = 1 + entries.iter().map(|(key, value)| key.0.depth().max(value.depth())).max().unwrap_or(0);
         check(depth)?;
-        Ok(Self::Dict(Arc::new(Dict { entries, depth })))
+        let weight = entries
+            .iter()
+            .fold(16_usize, |sum, (key, value)| sum.saturating_add(key.0.weight()).saturating_add(value.weight()));
+        Ok(Self::Dict(Arc::new(Dict { entries, depth, weight })))
     }
 
     pub(super) fn count(count: usize) -> Self {
@@ -144,6 +152,16 @@ impl Value {
             Self::Dict(dict) | Self::View(dict, _) => dict.depth,
             Self::Method(of, _) => of.depth() + 1,
             _ => 0,
+        }
+    }
+
+    /// About the bytes that are read when it is compared.
+    pub(super) fn weight(&self) -> usize {
+        match self {
+            Self::Str(text) | Self::Markup(text) => text.len().saturating_add(16),
+            Self::List(list) | Self::Tuple(list) => list.weight,
+            Self::Dict(dict) | Self::View(dict, _) => dict.weight,
+            _ => 16,
         }
     }
 
@@ -233,7 +251,8 @@ impl List {
     fn new(items: Vec<Value>) -> Result<Self> {
         let depth = 1 + items.iter().map(Value::depth).max().unwrap_or(0);
         check(depth)?;
-        Ok(Self { items, depth })
+        let weight = items.iter().fold(16_usize, |sum, item| sum.saturating_add(item.weight()));
+        Ok(Self { items, depth, weight })
     }
 }
 
@@ -249,6 +268,9 @@ pub(super) struct Key(pub(super) Value);
 
 impl Key {
     pub(super) fn new(value: Value) -> Result<Self> {
+        if matches!(value, Value::Tuple(_)) && value.weight() > HEAVIEST {
+            return Err(Fault::refused(format!("a tuple of more than {HEAVIEST} bytes as a key")));
+        }
         let fits = match &value {
             Value::List(_) | Value::Dict(_) | Value::View(..) => false,
             Value::Tuple(list) => list.items.iter().all(|item| Self::new(item.clone()).is_ok()),
