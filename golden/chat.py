@@ -3,16 +3,17 @@
 python chat.py
 
 Reads chat/conversations.json, chat/templates/*.jinja and the templates in chat/snippets.json; writes the renderings to
-chat/renderings.json and into chat/snippets.json. The time is 2024-02-09 15:04:05.123456 in a zone one hour east.
+chat/renderings.json and into chat/snippets.json. Special tokens of small tokenizers go into chat/special_tokens.json. The time is 2024-02-09 15:04:05.123456 in a zone one hour east.
 A case that fails in Python has its exception's type instead of a text.
 """
 
 import datetime
 import json
 import pathlib
+import tempfile
 
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
 HERE = pathlib.Path(__file__).parent / "chat"
@@ -77,5 +78,18 @@ def record_snippets():
     write("snippets.json", snippets)
 
 
+def record_special_tokens():
+    special = read("special_tokens.json")
+    for case in special["cases"]:
+        files = {"tokenizer.json": special["tokenizers"][case["tokenizer"]], **case["files"]}
+        with tempfile.TemporaryDirectory() as folder:
+            for name, value in files.items():
+                (pathlib.Path(folder) / name).write_text(json.dumps(value), encoding="utf-8")
+            tok = AutoTokenizer.from_pretrained(folder)
+        case.update(named=dict(tok.special_tokens_map), eos=tok.eos_token_id)
+    write("special_tokens.json", special)
+
+
 record_templates()
 record_snippets()
+record_special_tokens()

@@ -10,7 +10,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use common::TestResult;
-use hf2onnx::chat::{ChatTemplate, Clock, Conversation};
+use hf2onnx::chat::{ChatTemplate, Clock, Conversation, SpecialTokens};
 use serde_json::{Map, Value};
 
 fn folder() -> PathBuf {
@@ -84,5 +84,77 @@ fn snippets_render_as_recorded() -> TestResult {
         differences.compare(source, wanted, &template.render_at(&conversation, clock()?));
     }
     differences.none(380);
+    Ok(())
+}
+
+/// Which tokens a template may name, from all the files and classes that name some, and the id that ends a text.
+#[test]
+fn special_tokens_are_those_of_transformers() -> TestResult {
+    let recorded = read("special_tokens.json")?;
+    let cases = recorded["cases"].as_array().ok_or("cases")?;
+    assert!(cases.len() > 25, "{} cases", cases.len());
+    for case in cases {
+        let folder = tempfile::tempdir()?;
+        let tokenizer = &recorded["tokenizers"][case["tokenizer"].as_str().ok_or("tokenizer")?];
+        fs::write(folder.path().join("tokenizer.json"), tokenizer.to_string())?;
+        for (name, value) in case["files"].as_object().ok_or("files")? {
+            fs::write(folder.path().join(name), value.to_string())?;
+        }
+        let tokens = SpecialTokens::read(folder.path())?;
+        let found = (Value::Object(tokens.named().clone()), tokens.id("eos_token"));
+        assert_eq!(found, (case["named"].clone(), case["eos"].as_i64()), "{}", case["name"]);
+    }
+    Ok(())
+}
+
+/// Where templates lie, which one wins, and which one tools take.
+#[test]
+fn templates_are_found_where_transformers_finds_them() -> TestResult {
+    let both = r#"[{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]"#;
+    let config = |template: &str| ("tokenizer_config.json", format!("{{\"chat_template\": {template}}}"));
+    let file = |name: &'static str, source: &str| (name, source.to_owned());
+    let extra = "additional_chat_templates/tool_use.jinja";
+    for (files, without_tools, with_tools) in [
+        (vec![config("\"C\"")], Some("C"), Some("C")),
+        (vec![config(both)], Some("D"), Some("T")),
+        (vec![config(r#"{"default": "D", "tool_use": "T"}"#)], Some("D"), Some("T")),
+        (vec![config(r#"[{"name": "rag", "template": "R"}]"#)], None, None),
+        (vec![config(both), file("chat_template.jinja", "F")], Some("F"), Some("F")),
+        (vec![file("chat_template.jinja", "F"), file(extra, "X")], Some("F"), Some("X")),
+        // A folder alone has no default, whatever the configuration says.
+        (vec![config("\"C\""), file(extra, "X")], None, Some("X")),
+    ] {
+        let folder = tempfile::tempdir()?;
+        for (name, text) in &files {
+            let path = folder.path().join(name);
+            fs::create_dir_all(path.parent().ok_or("a folder")?)?;
+            fs::write(path, text)?;
+        }
+        let template = ChatTemplate::open(folder.path(), &Map::new())?.ok_or("a template")?;
+        let mut conversation = Conversation::of_user("x");
+        assert_eq!(template.render(&conversation).ok().as_deref(), without_tools, "{files:?}");
+        conversation.tools = Some(Vec::new());
+        assert_eq!(template.render(&conversation).ok().as_deref(), with_tools, "{files:?}");
+    }
+    Ok(())
+}
+
+/// All directives of a date at a fixed time in a zone, as Python on Linux writes them.
+#[test]
+fn dates_are_local() -> TestResult {
+    let template = ChatTemplate::new("{{ strftime_now(f) }}".into(), Map::new(), "dates");
+    let zone = "CET-1CEST,M3.5.0,M10.5.0/3";
+    for (seconds, format, wanted) in [
+        (1_711_846_799, "%F %T", "2024-03-31 01:59:59"),
+        (1_711_846_800, "%F %T", "2024-03-31 03:00:00"),
+        (951_827_696, "%A %d %B %Y, %I:%M:%S %p, day %j", "Tuesday 29 February 2000, 01:34:56 PM, day 060"),
+        (1_609_455_600, "%G-W%V-%u %U %W %-d %e %y %C %s", "2020-W53-5 00 00 1  1 21 20 1609455600"),
+        (0, "%a %b %c %q %%", "Thu Jan Thu Jan  1 01:00:00 1970 %q %"),
+    ] {
+        let mut conversation = Conversation::of_user("x");
+        conversation.variables.insert("f".into(), format.into());
+        let clock = Clock::at(seconds * 1_000_000, zone).ok_or("a time")?;
+        assert_eq!(template.render_at(&conversation, clock)?, wanted, "{format}");
+    }
     Ok(())
 }
