@@ -152,15 +152,7 @@ fn percent_value(machine: &mut Machine<'_>, field: &Field, kind: char, value: &V
             let text = if markup && !matches!(value, Value::Markup(_)) { html(&text) } else { text };
             Ok(pad(&right, &cut(text), '>'))
         }
-        'c' => match (value.as_str(), value.as_int()) {
-            (Some(text), _) if text.chars().count() == 1 => Ok(pad(&right, text, '>')),
-            (None, Some(code)) => {
-                let letter = u32::try_from(code).ok().and_then(char::from_u32);
-                let letter = letter.ok_or_else(|| Fault::value_error("%c arg not in range"))?;
-                Ok(pad(&right, &letter.to_string(), '>'))
-            }
-            _ => Err(Fault::kind_error("%c requires int or char")),
-        },
+        'c' => Ok(pad(&right, &letter(value)?, '>')),
         'd' | 'i' | 'u' => {
             let whole = match (value, value.as_int()) {
                 (_, Some(whole)) => whole,
@@ -196,6 +188,18 @@ fn percent_value(machine: &mut Machine<'_>, field: &Field, kind: char, value: &V
             Ok(signed(field, number.is_sign_negative() && !number.is_nan(), &text, "", '>'))
         }
         other => Err(Fault::value_error(format!("unsupported format character '{other}'"))),
+    }
+}
+
+/// One letter, or the letter of a number.
+fn letter(value: &Value) -> Result<String> {
+    match (value.as_str(), value.as_int()) {
+        (Some(text), _) if text.chars().count() == 1 => Ok(text.to_owned()),
+        (None, Some(code)) => {
+            let letter = u32::try_from(code).ok().and_then(char::from_u32);
+            Ok(letter.ok_or_else(|| Fault::value_error("%c arg not in range"))?.into())
+        }
+        _ => Err(Fault::kind_error("%c requires int or char")),
     }
 }
 

@@ -169,15 +169,7 @@ impl<'t> Machine<'t> {
                 self.assign(target, value, scope)?;
             }
             Does::SetBlock { target, filter, body } => {
-                let text = self.scoped(scope, |machine, inner| {
-                    let mut text = String::new();
-                    machine.run(body, inner, &mut text)?;
-                    let text = Value::text(text);
-                    match filter {
-                        Some(filter) => machine.evaluate_on(filter, &text, inner),
-                        None => Ok(text),
-                    }
-                })?;
+                let text = self.captured(body, filter.as_ref(), scope)?;
                 self.assign(target, text, scope)?;
             }
             Does::Macro(body) => {
@@ -191,12 +183,8 @@ impl<'t> Machine<'t> {
                 self.write(&text, out)?;
             }
             Does::Filter { filter, body } => {
-                let text = self.scoped(scope, |machine, inner| {
-                    let mut text = String::new();
-                    machine.run(body, inner, &mut text)?;
-                    let value = machine.evaluate_on(filter, &Value::text(text), inner)?;
-                    machine.string(&value)
-                })?;
+                let value = self.captured(body, Some(filter), scope)?;
+                let text = self.string(&value)?;
                 self.write(&text, out)?;
             }
             Does::With { targets, values, body } => {
@@ -217,6 +205,19 @@ impl<'t> Machine<'t> {
             Does::Continue => return Ok(Flow::Continue),
         }
         Ok(Flow::On)
+    }
+
+    /// What a body writes, filtered.
+    fn captured(&mut self, body: &'t [Statement], filter: Option<&'t Expr>, scope: usize) -> Result<Value> {
+        self.scoped(scope, |machine, inner| {
+            let mut text = String::new();
+            machine.run(body, inner, &mut text)?;
+            let text = Value::text(text);
+            match filter {
+                Some(filter) => machine.evaluate_on(filter, &text, inner),
+                None => Ok(text),
+            }
+        })
     }
 
     fn assign(&mut self, target: &'t Target, value: Value, scope: usize) -> Result<()> {

@@ -11,7 +11,9 @@
 mod ast;
 mod budget;
 mod clock;
+mod collections;
 mod evaluate;
+mod expressions;
 mod fault;
 mod filters;
 mod format;
@@ -20,6 +22,7 @@ mod json;
 mod lexer;
 mod machine;
 mod methods;
+mod operators;
 mod parser;
 mod tests;
 mod text;

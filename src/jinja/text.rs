@@ -2,7 +2,7 @@
 
 use super::fault::{Fault, Result};
 use super::machine::Machine;
-use super::value::{Held, Value, View};
+use super::value::{Held, Value};
 
 /// Python's `str.isspace` of a letter.
 pub(super) fn is_space(letter: char) -> bool {
@@ -149,14 +149,7 @@ impl Machine<'_> {
                 out.push_str(&format!("range({}, {}{tail})", range.start, range.stop));
             }
             Value::View(dict, kind) => {
-                let items: Vec<Value> = match kind {
-                    View::Keys => dict.entries.keys().map(|key| key.0.clone()).collect(),
-                    View::Values => dict.entries.values().cloned().collect(),
-                    View::Items => {
-                        let pairs = dict.entries.iter().map(|(k, v)| Value::tuple(vec![k.0.clone(), v.clone()]));
-                        pairs.collect::<Result<_>>()?
-                    }
-                };
+                let items = self.items(&Value::View(dict.clone(), *kind))?;
                 out.push_str(&format!("{}(", value.kind()));
                 self.write_items(&items, ("[", "])"), out)?;
             }
