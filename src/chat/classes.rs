@@ -26,7 +26,7 @@ pub(super) type Defaults = BTreeMap<String, Option<String>>;
 #[derive(Debug, Default)]
 pub(super) struct Facets<'r> {
     pub(super) model_type: Option<&'r str>,
-    /// `tokenizer_class` of tokenizer_config.json.
+    /// `tokenizer_class` of `tokenizer_config.json`.
     pub(super) of_tokenizer: Option<&'r str>,
     /// `tokenizer_class` of config.json.
     pub(super) of_model: Option<&'r str>,

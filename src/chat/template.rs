@@ -34,7 +34,7 @@ struct Template {
 }
 
 impl ChatTemplate {
-    /// Finds the templates of a directory; `None` where there are none. Files win over tokenizer_config.json.
+    /// Finds the templates of a directory; `None` where there are none. Files win over `tokenizer_config.json`.
     pub fn open(dir: &Path, tokens: &Map<String, Value>) -> Result<Option<Self>> {
         let mut templates = of_files(dir)?;
         if templates.is_empty() {
@@ -90,7 +90,7 @@ impl ChatTemplate {
             });
             match names {
                 Err(error) => {
-                    notes.push(format!("{}: the chat template does not parse: {}", error.subject, error.found))
+                    notes.push(format!("{}: the chat template does not parse: {}", error.subject, error.found));
                 }
                 Ok(names) => {
                     let tokens =
@@ -133,7 +133,7 @@ fn place(dir: &Path, file: &str) -> String {
     file.split('/').fold(dir.to_owned(), |path: PathBuf, part| path.join(part)).display().to_string()
 }
 
-/// The templates in tokenizer_config.json: one, a list of them with names, or an object of them.
+/// The templates in `tokenizer_config.json`: one, a list of them with names, or an object of them.
 fn of_config(dir: &Path) -> Result<BTreeMap<String, Template>> {
     let config = object(dir, CONFIG)?.unwrap_or_default();
     let origin = place(dir, CONFIG);

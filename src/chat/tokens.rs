@@ -50,7 +50,7 @@ impl SpecialTokens {
         let map = if legacy { object(dir, MAP)?.unwrap_or_default() } else { Map::new() };
         let given = names(dir, &config, &map)?;
         let explicit: Vec<String> = given.values().filter_map(Value::as_str).map(str::to_owned).collect();
-        tokens.named = tokens.with_defaults(dir, &config, given)?;
+        tokens.named = tokens.with_defaults(dir, &config, given);
         if has_vocabulary {
             tokens.add(dir, &config, &map, &explicit)?;
         }
@@ -78,12 +78,7 @@ impl SpecialTokens {
     }
 
     /// The names with the defaults of the tokenizer's class, without those that are null.
-    fn with_defaults(
-        &self,
-        dir: &Path,
-        config: &Map<String, Value>,
-        given: Map<String, Value>,
-    ) -> Result<Map<String, Value>> {
+    fn with_defaults(&self, dir: &Path, config: &Map<String, Value>, given: Map<String, Value>) -> Map<String, Value> {
         let model = object(dir, "config.json").ok().flatten().unwrap_or_default();
         let facets = Facets {
             model_type: model.get("model_type").and_then(Value::as_str),
@@ -104,7 +99,7 @@ impl SpecialTokens {
         }
         let further = given.into_iter().filter(|(key, value)| !STANDARD.contains(&key.as_str()) && !value.is_null());
         named.extend(further);
-        Ok(named)
+        named
     }
 
     /// Adds the tokens that the files declare to those of tokenizer.json, as transformers does: first those with ids, in

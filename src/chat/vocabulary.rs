@@ -11,6 +11,7 @@ use crate::error::Result;
 
 /// A token beside the vocabulary, as tokenizer.json writes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[expect(clippy::struct_excessive_bools, reason = "the file's own settings")]
 pub(crate) struct AddedToken {
     pub(crate) id: i64,
     pub(crate) content: String,

@@ -2,6 +2,7 @@
 
 use std::cmp::Ordering;
 
+use super::evaluate::ordering;
 use super::fault::{Fault, Kind, Result};
 use super::machine::{Given, Machine};
 use super::value::{Held, Key, Value, View};
@@ -34,16 +35,7 @@ impl Machine<'_> {
                 }
                 _ => return Err(Fault::kind_error("Can only get item pairs from a mapping.")),
             },
-            "reverse" => match value.as_str() {
-                Some(text) => Value::text_like(text.chars().rev().collect(), value),
-                None => {
-                    let is_read_once = matches!(value, Value::Held(Held::Generator, _));
-                    let mut items = self.items(value)?;
-                    items.reverse();
-                    // Of a generator Jinja makes a list, of a list an iterator.
-                    if is_read_once { Value::list(items)? } else { self.generator(items)? }
-                }
-            },
+            "reverse" => self.reversed(value)?,
             "batch" | "slice" => self.portions(name, value, &mut given)?,
             "sum" => self.sum(value, &mut given)?,
             "min" | "max" => self.extreme(value, &mut given, name == "max")?,
@@ -70,6 +62,17 @@ impl Machine<'_> {
         };
         given.done(name)?;
         Ok(found)
+    }
+
+    fn reversed(&mut self, value: &Value) -> Result<Value> {
+        if let Some(text) = value.as_str() {
+            return Ok(Value::text_like(text.chars().rev().collect(), value));
+        }
+        let is_read_once = matches!(value, Value::Held(Held::Generator, _));
+        let mut items = self.items(value)?;
+        items.reverse();
+        // Of a generator Jinja makes a list, of a list an iterator.
+        if is_read_once { Value::list(items) } else { self.generator(items) }
     }
 
     fn first(&mut self, value: &Value) -> Result<Value> {
@@ -182,7 +185,7 @@ impl Machine<'_> {
         let mut fault = None;
         order.sort_by(|left, right| {
             let (Some(left), Some(right)) = (keys.get(*left), keys.get(*right)) else { return Ordering::Equal };
-            match self.order(left, right) {
+            match ordering(left, right) {
                 Ok(order) if reverse => order.unwrap_or(Ordering::Equal).reverse(),
                 Ok(order) => order.unwrap_or(Ordering::Equal),
                 Err(found) => {
@@ -309,7 +312,7 @@ impl Machine<'_> {
                 None => true,
                 Some((before, _)) => {
                     self.budget.make(key.weight().min(before.weight()))?;
-                    self.order(&key, before)? == Some(wanted)
+                    ordering(&key, before)? == Some(wanted)
                 }
             };
             if better {

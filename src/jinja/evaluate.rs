@@ -210,14 +210,14 @@ impl<'t> Machine<'t> {
 
     pub(super) fn compare(&mut self, comparison: Comparison, left: &Value, right: &Value) -> Result<bool> {
         self.budget.make(left.weight().min(right.weight()))?;
-        let ordered = |machine: &mut Self| machine.order(left, right);
+        let ordered = || ordering(left, right);
         Ok(match comparison {
             Comparison::Equal => equal(left, right),
             Comparison::NotEqual => !equal(left, right),
-            Comparison::Less => ordered(self)? == Some(Ordering::Less),
-            Comparison::LessEqual => matches!(ordered(self)?, Some(Ordering::Less | Ordering::Equal)),
-            Comparison::Greater => ordered(self)? == Some(Ordering::Greater),
-            Comparison::GreaterEqual => matches!(ordered(self)?, Some(Ordering::Greater | Ordering::Equal)),
+            Comparison::Less => ordered()? == Some(Ordering::Less),
+            Comparison::LessEqual => matches!(ordered()?, Some(Ordering::Less | Ordering::Equal)),
+            Comparison::Greater => ordered()? == Some(Ordering::Greater),
+            Comparison::GreaterEqual => matches!(ordered()?, Some(Ordering::Greater | Ordering::Equal)),
             Comparison::In => self.contains(right, left)?,
             Comparison::NotIn => !self.contains(right, left)?,
         })
@@ -227,35 +227,6 @@ impl<'t> Machine<'t> {
     pub(super) fn same(&mut self, left: &Value, right: &Value) -> Result<bool> {
         self.budget.make(left.weight().min(right.weight()))?;
         Ok(equal(left, right))
-    }
-
-    /// Python's order; `None` for what is neither less nor greater, as not-a-number.
-    #[expect(clippy::only_used_in_recursion, reason = "the budget belongs to whoever compares")]
-    pub(super) fn order(&mut self, left: &Value, right: &Value) -> Result<Option<Ordering>> {
-        if let (Some(left), Some(right)) = (left.as_str(), right.as_str()) {
-            return Ok(Some(left.cmp(right)));
-        }
-        if let (Some(left), Some(right)) = (left.as_int(), right.as_int()) {
-            return Ok(Some(left.cmp(&right)));
-        }
-        if let (Some(left), Some(right)) = (left.as_float(), right.as_float()) {
-            return Ok(left.partial_cmp(&right));
-        }
-        match (left, right) {
-            (Value::Undefined(reason), _) | (_, Value::Undefined(reason)) => Err(Fault::undefined(reason)),
-            (Value::List(left), Value::List(right)) | (Value::Tuple(left), Value::Tuple(right)) => {
-                for (left, right) in left.items.iter().zip(&right.items) {
-                    if !equal(left, right) {
-                        return self.order(left, right);
-                    }
-                }
-                Ok(Some(left.items.len().cmp(&right.items.len())))
-            }
-            _ => {
-                let (left, right) = (left.kind(), right.kind());
-                Err(Fault::kind_error(format!("'<' not supported between instances of '{left}' and '{right}'")))
-            }
-        }
     }
 
     /// Python's `in`.
@@ -360,13 +331,11 @@ impl<'t> Machine<'t> {
         if let Some(found) = found {
             return Ok(found);
         }
-        match index.as_str() {
-            Some(name) => Ok(self.own_attribute(of, name)?.unwrap_or_else(|| missing(of, name))),
-            None => {
-                let index = self.repr(index)?;
-                Ok(Value::undefined(&format!("{} object has no element {index}", of.kind())))
-            }
+        if let Some(name) = index.as_str() {
+            return Ok(self.own_attribute(of, name)?.unwrap_or_else(|| missing(of, name)));
         }
+        let index = self.repr(index)?;
+        Ok(Value::undefined(&format!("{} object has no element {index}", of.kind())))
     }
 
     fn slice(&mut self, of: &Value, [start, stop, step]: [Option<i128>; 3]) -> Result<Value> {
@@ -416,6 +385,34 @@ fn value_of(constant: &Constant) -> Value {
     }
 }
 
+/// Python's order; `None` for what is neither less nor greater, as not-a-number.
+pub(super) fn ordering(left: &Value, right: &Value) -> Result<Option<Ordering>> {
+    if let (Some(left), Some(right)) = (left.as_str(), right.as_str()) {
+        return Ok(Some(left.cmp(right)));
+    }
+    if let (Some(left), Some(right)) = (left.as_int(), right.as_int()) {
+        return Ok(Some(left.cmp(&right)));
+    }
+    if let (Some(left), Some(right)) = (left.as_float(), right.as_float()) {
+        return Ok(left.partial_cmp(&right));
+    }
+    match (left, right) {
+        (Value::Undefined(reason), _) | (_, Value::Undefined(reason)) => Err(Fault::undefined(reason)),
+        (Value::List(left), Value::List(right)) | (Value::Tuple(left), Value::Tuple(right)) => {
+            for (left, right) in left.items.iter().zip(&right.items) {
+                if !equal(left, right) {
+                    return ordering(left, right);
+                }
+            }
+            Ok(Some(left.items.len().cmp(&right.items.len())))
+        }
+        _ => {
+            let (left, right) = (left.kind(), right.kind());
+            Err(Fault::kind_error(format!("'<' not supported between instances of '{left}' and '{right}'")))
+        }
+    }
+}
+
 fn missing(of: &Value, name: &str) -> Value {
     Value::undefined(&format!("'{} object' has no attribute '{name}'", of.kind()))
 }
@@ -424,7 +421,7 @@ fn missing(of: &Value, name: &str) -> Value {
 fn number_attribute(of: &Value, name: &str) -> Option<Value> {
     let whole = of.as_int();
     match (name, whole) {
-        ("real", Some(number)) | ("numerator", Some(number)) => Some(Value::Int(number)),
+        ("real" | "numerator", Some(number)) => Some(Value::Int(number)),
         ("imag", Some(_)) => Some(Value::Int(0)),
         ("denominator", Some(_)) => Some(Value::Int(1)),
         ("real", None) => Some(of.clone()),

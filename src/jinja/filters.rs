@@ -86,7 +86,7 @@ impl Machine<'_> {
             "reject" => self.select(&value, given, false, false),
             "selectattr" => self.select(&value, given, true, true),
             "rejectattr" => self.select(&value, given, true, false),
-            "tojson" => self.to_json(&value, given),
+            "tojson" => self.json_text(&value, given),
             "first" | "last" | "length" | "count" | "list" | "items" | "reverse" | "batch" | "slice" | "sum"
             | "min" | "max" | "join" | "unique" | "sort" | "dictsort" | "groupby" | "attr" => {
                 self.filter_of_many(name, &value, given)
@@ -308,10 +308,9 @@ fn integer(value: &Value, base: i128) -> Result<Option<i128>> {
         _ => (unsigned.as_str(), if radix == 0 { 10 } else { radix }),
     };
     if (2..=36).contains(&radix) && !digits.starts_with('_') && !digits.ends_with('_') && !digits.contains("__") {
-        if let Ok(size) = i128::from_str_radix(&digits.replace('_', ""), radix) {
-            if digits.starts_with(|c: char| c.is_ascii_alphanumeric()) {
-                return Ok(Some(if trimmed.starts_with('-') { -size } else { size }));
-            }
+        let size = i128::from_str_radix(&digits.replace('_', ""), radix).ok();
+        if let Some(size) = size.filter(|_| digits.starts_with(|c: char| c.is_ascii_alphanumeric())) {
+            return Ok(Some(if trimmed.starts_with('-') { -size } else { size }));
         }
     }
     match python_float(text) {

@@ -518,14 +518,11 @@ fn grouped(field: &Field, text: &str, prefix: &str, negative: bool) -> String {
         while digits.len() + (digits.len().max(1) - 1) / size < room {
             digits.insert(0, '0');
         }
-        if digits.len() + (digits.len() - 1) / size > room && digits.len() > whole.len() && digits.len() % size == 1 {
-            // A separator in front is not written: one digit stands there instead.
-        }
     }
     let count = digits.len();
     let mut out = String::new();
     for (index, digit) in digits.into_iter().enumerate() {
-        if index > 0 && (count - index) % size == 0 {
+        if index > 0 && (count - index).is_multiple_of(size) {
             out.push(separator);
         }
         out.push(digit);

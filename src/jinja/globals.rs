@@ -34,9 +34,9 @@ impl Machine<'_> {
                 Ok(Value::text(strftime(text, &self.clock)?))
             }
             "range" => range(&given),
-            "dict" => self.dictionary(given),
+            "dict" => self.dictionary(&given),
             "namespace" => {
-                let Value::Dict(dict) = self.dictionary(given)? else { return Ok(Value::None) };
+                let Value::Dict(dict) = self.dictionary(&given)? else { return Ok(Value::None) };
                 let mut attributes = IndexMap::new();
                 for (key, value) in &dict.entries {
                     let name = self.string(&key.0)?;
@@ -56,7 +56,7 @@ impl Machine<'_> {
     }
 
     /// Python's `dict`: of a dictionary or of pairs, with names.
-    fn dictionary(&mut self, given: Given) -> Result<Value> {
+    fn dictionary(&mut self, given: &Given) -> Result<Value> {
         let mut entries = IndexMap::new();
         match given.positional.as_slice() {
             [] => {}

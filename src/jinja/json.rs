@@ -19,7 +19,7 @@ struct Style {
 
 impl Machine<'_> {
     /// `tojson(ensure_ascii=False, indent=None, separators=None, sort_keys=False)`.
-    pub(super) fn to_json(&mut self, value: &Value, mut given: Given) -> Result<Value> {
+    pub(super) fn json_text(&mut self, value: &Value, mut given: Given) -> Result<Value> {
         let ascii = given.take(0, "ensure_ascii").is_some_and(|value| value.truth());
         let indent = indent(given.take(1, "indent"))?;
         let separators = given.take(2, "separators").filter(|value| !matches!(value, Value::None));

@@ -144,13 +144,17 @@ impl<'t> Machine<'t> {
         Ok(())
     }
 
+    fn print(&mut self, value: &Value, out: &mut String) -> Result<()> {
+        let text = self.string(value)?;
+        self.write(&text, out)
+    }
+
     fn statement(&mut self, does: &'t Does, scope: usize, out: &mut String) -> Result<Flow> {
         match does {
             Does::Data(text) => self.write(text, out)?,
             Does::Print(expr) => {
                 let value = self.evaluate(expr, scope)?;
-                let text = self.string(&value)?;
-                self.write(&text, out)?;
+                self.print(&value, out)?;
             }
             Does::If { branches, otherwise } => {
                 for (test, body) in branches {
@@ -179,13 +183,11 @@ impl<'t> Machine<'t> {
             Does::Call { call, body } => {
                 let caller = self.new_macro(body, scope)?;
                 let value = self.call_with(call, scope, Some(caller))?;
-                let text = self.string(&value)?;
-                self.write(&text, out)?;
+                self.print(&value, out)?;
             }
             Does::Filter { filter, body } => {
                 let value = self.captured(body, Some(filter), scope)?;
-                let text = self.string(&value)?;
-                self.write(&text, out)?;
+                self.print(&value, out)?;
             }
             Does::With { targets, values, body } => {
                 let values: Vec<Value> =
@@ -316,7 +318,9 @@ impl<'t> Machine<'t> {
             let (of, scope) = (running.of, running.scope);
             if self.passes(of, &item, scope)? {
                 let running = self.loops.get_mut(index);
-                running.into_iter().for_each(|running| running.ahead.push_back(item.clone()));
+                if let Some(running) = running {
+                    running.ahead.push_back(item.clone());
+                }
             }
         }
     }

@@ -104,7 +104,7 @@ impl Machine<'_> {
     }
 
     fn dict_method(&mut self, of: &Value, name: &str, mut given: Given) -> Result<Value> {
-        let Value::Dict(dict) = of else { return self.from_keys(given) };
+        let Value::Dict(dict) = of else { return dict_of_keys(self, given) };
         match name {
             "get" => {
                 let key = given.take(0, "").ok_or_else(|| Fault::kind_error("get expected at least 1 argument"))?;
@@ -112,7 +112,7 @@ impl Machine<'_> {
                 given.done(name)?;
                 Ok(dict.get(&key)?.cloned().unwrap_or(default))
             }
-            "fromkeys" => self.from_keys(given),
+            "fromkeys" => dict_of_keys(self, given),
             _ => {
                 given.done(name)?;
                 Ok(match name {
@@ -123,15 +123,6 @@ impl Machine<'_> {
                 })
             }
         }
-    }
-
-    fn from_keys(&mut self, mut given: Given) -> Result<Value> {
-        let keys = given.take(0, "").ok_or_else(|| Fault::kind_error("fromkeys expected at least 1 argument"))?;
-        let value = given.take(1, "").unwrap_or(Value::None);
-        given.done("fromkeys")?;
-        let keys = self.items(&keys)?;
-        let entries = keys.into_iter().map(|key| Ok((super::value::Key::new(key)?, value.clone())));
-        Value::dict(entries.collect::<Result<_>>()?)
     }
 
     fn list_method(&mut self, of: &Value, name: &str, mut given: Given) -> Result<Value> {
@@ -182,7 +173,7 @@ impl Machine<'_> {
             }
             "replace" => self.replace(text, &mut given)?,
             "find" | "rfind" | "index" | "rindex" | "count" | "startswith" | "endswith" => {
-                return self.search(text, name, given);
+                return search(text, name, given);
             }
             "center" | "ljust" | "rjust" | "zfill" | "expandtabs" => self.justify(text, name, &mut given)?,
             "strip" | "lstrip" | "rstrip" => {
@@ -196,31 +187,22 @@ impl Machine<'_> {
                 stripped(text, letters, name != "rstrip", name != "lstrip").to_owned()
             }
             "removeprefix" | "removesuffix" => {
-                let part = self.part(&mut given, name)?;
+                let part = part(&mut given, name)?;
                 let rest = if name == "removeprefix" { text.strip_prefix(&*part) } else { text.strip_suffix(&*part) };
                 rest.unwrap_or(text).to_owned()
             }
             "encode" | "translate" => return Err(Fault::refused(format!("str.{name}"))),
-            _ => match changed(text, name) {
-                Some(text) => text,
-                None => {
+            _ => {
+                let Some(text) = changed(text, name) else {
                     given.done(name)?;
                     return Ok(Value::Bool(is(text, name)));
-                }
-            },
+                };
+                text
+            }
         };
         given.done(name)?;
         self.budget.make(found.len())?;
         Ok(like(found))
-    }
-
-    /// An argument that is a text.
-    fn part(&mut self, given: &mut Given, name: &str) -> Result<std::sync::Arc<str>> {
-        match given.take(0, "") {
-            Some(Value::Str(text) | Value::Markup(text)) => Ok(text),
-            Some(other) => Err(Fault::kind_error(format!("{name}: must be str, not {}", other.kind()))),
-            None => Err(Fault::kind_error(format!("{name}() takes at least 1 argument"))),
-        }
     }
 
     /// Texts with a separator between them.
@@ -256,59 +238,6 @@ impl Machine<'_> {
         self.budget.copies(new.len(), found)?;
         self.budget.make(text.len())?;
         Ok(text.replacen(old, new, count.unwrap_or(usize::MAX)))
-    }
-
-    fn search(&mut self, text: &str, name: &str, mut given: Given) -> Result<Value> {
-        let wanted =
-            given.take(0, "").ok_or_else(|| Fault::kind_error(format!("{name}() takes at least 1 argument")))?;
-        let (start, stop) = (given.take(1, ""), given.take(2, ""));
-        given.done(name)?;
-        let letters = text.chars().count();
-        let beyond = start.as_ref().and_then(Value::as_int).is_some_and(|start| start > letters as i128);
-        let (start, stop) = window(start.as_ref(), stop.as_ref(), letters)?;
-        let byte = |place: usize| text.char_indices().nth(place).map_or(text.len(), |(at, _)| at);
-        let part = if beyond || start > stop { None } else { text.get(byte(start)..byte(stop)) };
-        if matches!(name, "startswith" | "endswith") {
-            let wanted = match &wanted {
-                Value::Tuple(list) => list.items.clone(),
-                other => vec![other.clone()],
-            };
-            let mut found = false;
-            for wanted in &wanted {
-                let Some(wanted) = wanted.as_str() else {
-                    let kind = wanted.kind();
-                    return Err(Fault::kind_error(format!(
-                        "{name} first arg must be str or a tuple of str, not {kind}"
-                    )));
-                };
-                found |= part.is_some_and(|part| {
-                    if name == "startswith" { part.starts_with(wanted) } else { part.ends_with(wanted) }
-                });
-            }
-            return Ok(Value::Bool(found));
-        }
-        let Some(wanted) = wanted.as_str() else {
-            return Err(Fault::kind_error(format!("must be str, not {}", wanted.kind())));
-        };
-        if name == "count" {
-            let count =
-                part.map_or(
-                    0,
-                    |part| {
-                        if wanted.is_empty() { part.chars().count() + 1 } else { part.matches(wanted).count() }
-                    },
-                );
-            return Ok(Value::count(count));
-        }
-        let found = part.and_then(|part| {
-            let at = if name.starts_with('r') { part.rfind(wanted) } else { part.find(wanted) }?;
-            Some(start + part.get(..at)?.chars().count())
-        });
-        match found {
-            Some(place) => Ok(Value::count(place)),
-            None if name.ends_with("index") => Err(Fault::value_error("substring not found")),
-            None => Ok(Value::Int(-1)),
-        }
     }
 
     fn justify(&mut self, text: &str, name: &str, given: &mut Given) -> Result<String> {
@@ -363,7 +292,7 @@ impl Machine<'_> {
             return Value::list(found.into_iter().map(like).collect());
         }
         if name.ends_with("partition") {
-            let separator = self.part(&mut given, name)?;
+            let separator = part(&mut given, name)?;
             given.done(name)?;
             if separator.is_empty() {
                 return Err(Fault::value_error("empty separator"));
@@ -389,6 +318,72 @@ impl Machine<'_> {
         };
         self.budget.items(parts.len())?;
         Value::list(parts.into_iter().map(like).collect())
+    }
+}
+
+fn dict_of_keys(machine: &mut Machine<'_>, mut given: Given) -> Result<Value> {
+    let keys = given.take(0, "").ok_or_else(|| Fault::kind_error("fromkeys expected at least 1 argument"))?;
+    let value = given.take(1, "").unwrap_or(Value::None);
+    given.done("fromkeys")?;
+    let keys = machine.items(&keys)?;
+    let entries = keys.into_iter().map(|key| Ok((super::value::Key::new(key)?, value.clone())));
+    Value::dict(entries.collect::<Result<_>>()?)
+}
+
+/// An argument that is a text.
+fn part(given: &mut Given, name: &str) -> Result<std::sync::Arc<str>> {
+    match given.take(0, "") {
+        Some(Value::Str(text) | Value::Markup(text)) => Ok(text),
+        Some(other) => Err(Fault::kind_error(format!("{name}: must be str, not {}", other.kind()))),
+        None => Err(Fault::kind_error(format!("{name}() takes at least 1 argument"))),
+    }
+}
+
+fn search(text: &str, name: &str, mut given: Given) -> Result<Value> {
+    let wanted = given.take(0, "").ok_or_else(|| Fault::kind_error(format!("{name}() takes at least 1 argument")))?;
+    let (start, stop) = (given.take(1, ""), given.take(2, ""));
+    given.done(name)?;
+    let letters = text.chars().count();
+    let beyond = start.as_ref().and_then(Value::as_int).is_some_and(|start| start > letters as i128);
+    let (start, stop) = window(start.as_ref(), stop.as_ref(), letters)?;
+    let byte = |place: usize| text.char_indices().nth(place).map_or(text.len(), |(at, _)| at);
+    let part = if beyond || start > stop { None } else { text.get(byte(start)..byte(stop)) };
+    if matches!(name, "startswith" | "endswith") {
+        let wanted = match &wanted {
+            Value::Tuple(list) => list.items.clone(),
+            other => vec![other.clone()],
+        };
+        let mut found = false;
+        for wanted in &wanted {
+            let Some(wanted) = wanted.as_str() else {
+                let kind = wanted.kind();
+                return Err(Fault::kind_error(format!("{name} first arg must be str or a tuple of str, not {kind}")));
+            };
+            found |=
+                part.is_some_and(
+                    |part| {
+                        if name == "startswith" { part.starts_with(wanted) } else { part.ends_with(wanted) }
+                    },
+                );
+        }
+        return Ok(Value::Bool(found));
+    }
+    let Some(wanted) = wanted.as_str() else {
+        return Err(Fault::kind_error(format!("must be str, not {}", wanted.kind())));
+    };
+    if name == "count" {
+        let count = part
+            .map_or(0, |part| if wanted.is_empty() { part.chars().count() + 1 } else { part.matches(wanted).count() });
+        return Ok(Value::count(count));
+    }
+    let found = part.and_then(|part| {
+        let at = if name.starts_with('r') { part.rfind(wanted) } else { part.find(wanted) }?;
+        Some(start + part.get(..at)?.chars().count())
+    });
+    match found {
+        Some(place) => Ok(Value::count(place)),
+        None if name.ends_with("index") => Err(Fault::value_error("substring not found")),
+        None => Ok(Value::Int(-1)),
     }
 }
 
@@ -480,16 +475,13 @@ fn by_text<'s>(text: &'s str, separator: &str, most: Option<usize>, from_right: 
 fn expanded(text: &str, size: usize) -> String {
     let (mut out, mut column) = (String::new(), 0);
     for letter in text.chars() {
-        match letter {
-            '\t' => {
-                let count = if size == 0 { 0 } else { size - column % size };
-                out.extend(std::iter::repeat_n(' ', count));
-                column += count;
-            }
-            _ => {
-                out.push(letter);
-                column = if matches!(letter, '\n' | '\r') { 0 } else { column + 1 };
-            }
+        if letter == '\t' {
+            let count = if size == 0 { 0 } else { size - column % size };
+            out.extend(std::iter::repeat_n(' ', count));
+            column += count;
+        } else {
+            out.push(letter);
+            column = if matches!(letter, '\n' | '\r') { 0 } else { column + 1 };
         }
     }
     out
@@ -532,9 +524,9 @@ fn changed(text: &str, name: &str) -> Option<String> {
             let (mut out, mut inside) = (String::new(), false);
             for letter in text.chars() {
                 if inside {
-                    out.extend(letter.to_lowercase())
+                    out.extend(letter.to_lowercase());
                 } else {
-                    out.push_str(&title_letter(letter))
+                    out.push_str(&title_letter(letter));
                 }
                 inside = letter.is_lowercase() || letter.is_uppercase();
             }

@@ -139,14 +139,16 @@ fn kind(name: &str, value: &Value) -> bool {
 /// Python's `is`, as far as it can be told: constants, small numbers, and one object for itself.
 fn same(value: &Value, other: &Value) -> bool {
     match (value, other) {
-        (Value::Bool(_), Value::Bool(_)) | (Value::Int(_), Value::Int(_)) => equal(value, other),
         (Value::None, Value::None) => true,
         (Value::Str(left), Value::Str(right)) => left == right,
         (Value::List(left), Value::List(right)) | (Value::Tuple(left), Value::Tuple(right)) => {
             std::sync::Arc::ptr_eq(left, right)
         }
         (Value::Dict(left), Value::Dict(right)) => std::sync::Arc::ptr_eq(left, right),
-        (Value::Held(..), Value::Held(..)) | (Value::Function(_), Value::Function(_)) => equal(value, other),
+        (Value::Bool(_), Value::Bool(_))
+        | (Value::Int(_), Value::Int(_))
+        | (Value::Held(..), Value::Held(..))
+        | (Value::Function(_), Value::Function(_)) => equal(value, other),
         _ => false,
     }
 }

@@ -323,11 +323,12 @@ pub(super) fn equal(left: &Value, right: &Value) -> bool {
         (Value::List(left), Value::List(right)) | (Value::Tuple(left), Value::Tuple(right)) => {
             left.items.len() == right.items.len() && left.items.iter().zip(&right.items).all(|(l, r)| equal(l, r))
         }
-        (Value::Dict(left), Value::Dict(right)) => equal_dicts(left, right),
+        (Value::Dict(left), Value::Dict(right)) | (Value::View(left, View::Items), Value::View(right, View::Items)) => {
+            equal_dicts(left, right)
+        }
         (Value::View(left, View::Keys), Value::View(right, View::Keys)) => {
             left.entries.len() == right.entries.len() && left.entries.keys().all(|key| right.entries.contains_key(key))
         }
-        (Value::View(left, View::Items), Value::View(right, View::Items)) => equal_dicts(left, right),
         (Value::Range(left), Value::Range(right)) => {
             let first = left.count == 0 || left.start == right.start;
             left.count == right.count && first && (left.count < 2 || left.step == right.step)

@@ -149,7 +149,7 @@ pub(crate) fn tokenizer_notes(from: &Path, copied: &[String], tokens: &Result<Sp
             match ChatTemplate::open(from, tokens.named()) {
                 Ok(template) => notes.extend(template.iter().flat_map(ChatTemplate::notes)),
                 Err(error) => {
-                    notes.push(format!("{}: {}: no chat with it; {}", error.subject, error.found, error.help))
+                    notes.push(format!("{}: {}: no chat with it; {}", error.subject, error.found, error.help));
                 }
             }
         }
