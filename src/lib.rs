@@ -22,8 +22,8 @@
 //! ```
 //!
 //! Beside the pipeline: [`graph`] is the form of both graphs and their symbolic shapes, [`weight`] the language of
-//! transforms, [`quantize`] the arithmetic that turns matrices into small integers, [`recipe`] which matrices,
-//! [`calibrate`] what it is told of their inputs and of caches, [`encoding`] how quantised checkpoints store theirs,
+//! transforms, [`chat`] special tokens and chat templates, [`quantize`] the arithmetic that turns matrices into small
+//! integers, [`recipe`] which matrices, [`calibrate`] what it is told of their inputs and of caches, [`encoding`] how quantised checkpoints store theirs,
 //! [`opset`] the operators and targets as data, [`onnx`] the file format's messages; [`runtime`] finds onnxruntime, and
 //! for a GPU CUDA's libraries, [`session`] runs a built directory on either and tells where its nodes run, [`generate`]
 //! continues text with it, [`bench`] measures it, [`quant_report`] compares ways to quantise, [`diff`] compares two
@@ -65,6 +65,7 @@ pub mod bench;
 pub mod bind;
 pub mod build;
 pub mod calibrate;
+pub mod chat;
 pub mod cli;
 pub mod compile;
 pub mod describe;
@@ -79,6 +80,7 @@ mod guard;
 pub mod hub;
 pub mod inspect;
 pub mod interrupt;
+mod jinja;
 pub mod lower;
 pub mod onnx;
 pub mod opset;

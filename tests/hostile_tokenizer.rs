@@ -111,6 +111,9 @@ fn chat_templates() -> TestResult {
     let (config, file) = ("tokenizer_config.json", "chat_template.jinja");
     let doubling =
         "{% set ns = namespace(x='x' * 1000) %}{% for i in range(40) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}";
+    let lists =
+        "{% set ns = namespace(x=[0]) %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x }}";
+    let shared = "{% set ns = namespace(x=[0]) %}{% for i in range(99) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x == ns.x }}";
     let long = "x".repeat(200_000);
     for (name, bytes, words) in [
         (config, &b"{\"chat_template\": "[..], "EOF"),
@@ -118,14 +121,19 @@ fn chat_templates() -> TestResult {
         (config, b"\xff", "utf-8"),
         (config, br#"{"chat_template": 3}"#, "neither a text nor a list"),
         (config, br#"{"chat_template": [{"name": "default"}]}"#, "neither a text nor a list"),
-        (config, br#"{"chat_template": "{% if %}"}"#, "unexpected end of block"),
+        (config, br#"{"chat_template": "{% if %}"}"#, "expected an expression"),
         (file, b"\xff", "utf-8"),
-        (file, b"{% for m in messages %}", "unexpected end of input"),
-        (file, b"a }} {{ }} b", "unexpected end of variable block"),
-        (file, b"{{ messages[0].role.of.nothing }}", "undefined value"),
+        (file, b"{% for m in messages %}", "Unexpected end of template"),
+        (file, b"a }} {{ }} b", "expected an expression"),
+        (file, b"{{ messages[0].role.of.nothing }}", "has no attribute 'of'"),
         (file, b"{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-        (file, b"{{ ([0, 0] * (2**63))|list }}", "ran out of fuel"),
-        (file, doubling.as_bytes(), "more than 1024 MiB of memory"),
+        (file, b"{{ ([0, 0] * (2**63))|list }}", "more work than a chat template may take"),
+        (file, doubling.as_bytes(), "more work than a chat template may take"),
+        (file, lists.as_bytes(), "more work than a chat template may take"),
+        (file, shared.as_bytes(), "more work than a chat template may take"),
+        (file, b"{{ range(10**9) }}", "Range too big"),
+        (file, b"{{ 'x' * 10**9 }}", "more work than a chat template may take"),
+        (file, b"{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
         (file, long.as_bytes(), "a template of 200000 bytes"),
     ] {
         refused(&[("tokenizer.json", tokenizer.as_bytes()), (name, bytes)], &["--chat"], name, &[words])?;

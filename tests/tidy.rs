@@ -13,6 +13,7 @@ type TestResult<T = ()> = Result<T, Box<dyn Error>>;
 const PIPELINE: [&str; 38] = [
     "error",
     "guard",
+    "jinja",
     "stage",
     "interrupt",
     "patterns",
@@ -25,6 +26,7 @@ const PIPELINE: [&str; 38] = [
     "hub",
     "quantize",
     "read",
+    "chat",
     "spec",
     "describe",
     "graph",

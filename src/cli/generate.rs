@@ -1,14 +1,14 @@
 //! `hf2onnx generate`.
 
 use std::hash::{BuildHasher as _, Hasher as _};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde_json::json;
 
 use super::{Output, SessionOptions};
+use crate::chat::{ChatTemplate, Conversation, SpecialTokens};
 use crate::error::{Code, Error, Result};
-use crate::generate::chat::ChatTemplate;
 use crate::generate::config::{GenerationConfig, Overrides};
 use crate::generate::{Choice, Generated, generate};
 use crate::session::Decoder;
@@ -23,16 +23,21 @@ use crate::tokenizer::Tokenizer;
 /// goes to stderr.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  hf2onnx generate out/kjv --prompt \"In the beginning\" --max-new-tokens 40\n  \
-    hf2onnx generate out/qwen --chat --prompt \"Why is the sky blue?\" --temperature 0.7 --seed 1")]
+    hf2onnx generate out/qwen --chat --prompt \"Why is the sky blue?\" --temperature 0.7 --seed 1\n  \
+    hf2onnx generate out/qwen --messages conversation.json")]
 pub(super) struct Generate {
     /// A directory that `hf2onnx build` wrote
     dir: PathBuf,
     /// The text to continue, or the message to answer
-    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
-    prompt: String,
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true, required_unless_present = "messages")]
+    prompt: Option<String>,
     /// Put the prompt into the model's chat template
     #[arg(long)]
     chat: bool,
+    /// A conversation for the chat template, in JSON: a list of messages, or an object with `messages`, `tools`,
+    /// `documents` and the template's own variables
+    #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
+    messages: Option<PathBuf>,
     /// Longest continuation in tokens [default: the model's own `max_new_tokens` or `max_length`, or 256]
     #[arg(long, value_name = "N")]
     max_new_tokens: Option<usize>,
@@ -69,7 +74,7 @@ impl Generate {
                 .expected("a directory that `hf2onnx build` wrote"));
         }
         let tokenizer = Tokenizer::open(&self.dir)?;
-        let (text, prompt) = self.prompt_tokens(&tokenizer)?;
+        let (text, prompt) = self.prompt_tokens(&tokenizer, output)?;
         let config = GenerationConfig::read(&self.dir)?;
         let overrides = self.overrides();
         let settings = config.settings(&prompt, &overrides)?;
@@ -78,7 +83,7 @@ impl Generate {
         }
         self.session.ensure(output)?;
         let mut decoder = Decoder::open(&self.dir, &self.session.session())?;
-        if !output.is_json() && !self.chat {
+        if !output.is_json() && !self.is_chat() {
             output.piece(&text);
         }
         let generated = generate(&mut decoder, &tokenizer, &prompt, &settings, &mut |piece| {
@@ -96,13 +101,29 @@ impl Generate {
         Ok(())
     }
 
+    fn is_chat(&self) -> bool {
+        self.chat || self.messages.is_some()
+    }
+
     /// The prompt as the model gets it, and its tokens.
-    fn prompt_tokens(&self, tokenizer: &Tokenizer) -> Result<(String, Vec<u32>)> {
-        if !self.chat {
-            return Ok((self.prompt.clone(), tokenizer.encode(&self.prompt, true)?));
+    fn prompt_tokens(&self, tokenizer: &Tokenizer, output: &Output) -> Result<(String, Vec<u32>)> {
+        let prompt = self.prompt.as_deref().unwrap_or_default();
+        if !self.is_chat() {
+            return Ok((prompt.to_owned(), tokenizer.encode(prompt, true)?));
         }
-        let messages = json!([{ "role": "user", "content": self.prompt }]);
-        let text = ChatTemplate::open(&self.dir)?.render(&messages)?;
+        let conversation = match &self.messages {
+            Some(file) => conversation(file)?,
+            None => Conversation::of_user(prompt),
+        };
+        let tokens = SpecialTokens::read(&self.dir)?;
+        let template = ChatTemplate::open(&self.dir, tokens.named())?.ok_or_else(|| {
+            Error::new(Code::TokenizerInvalid, self.dir.display())
+                .found("no chat template")
+                .expected("chat_template.jinja, or chat_template in tokenizer_config.json")
+                .help("leave --chat out: the model may not be one for conversations")
+        })?;
+        let text = template.render(&conversation)?;
+        template.notes().iter().for_each(|note| output.say(note));
         // The template writes the special tokens itself.
         let tokens = tokenizer.encode(&text, false)?;
         Ok((text, tokens))
@@ -110,10 +131,20 @@ impl Generate {
 
     /// What the user chooses in place of the model.
     fn overrides(&self) -> Overrides {
-        let Self { max_new_tokens, temperature, top_k, top_p, chat, .. } = *self;
+        let Self { max_new_tokens, temperature, top_k, top_p, .. } = *self;
+        let chat = self.is_chat();
         let seed = self.seed.unwrap_or_else(|| std::hash::RandomState::new().build_hasher().finish());
         Overrides { max_new_tokens, temperature, top_k, top_p, seed, chat }
     }
+}
+
+/// Reads the file of `--messages`.
+fn conversation(file: &Path) -> Result<Conversation> {
+    let bytes = std::fs::read(file).map_err(|error| Error::io(file, &error))?;
+    let json = serde_json::from_slice(&bytes).map_err(|error| {
+        Error::new(Code::UsageInvalid, file.display()).found(error).expected("a conversation in JSON")
+    })?;
+    Conversation::from_json(json).map_err(|error| Error { subject: file.display().to_string(), ..error })
 }
 
 fn speed(generated: &Generated) -> String {

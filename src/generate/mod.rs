@@ -1,7 +1,5 @@
 //! Generating text: a prompt is run once, then token by token through the cache, and the text is handed on as it comes.
 
-mod bounds;
-pub mod chat;
 pub mod config;
 pub mod logits;
 mod sampling;

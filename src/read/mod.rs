@@ -23,6 +23,7 @@ pub(crate) use generation::{GENERATION_KEYS, check_token_ids, from_model_config,
 pub use hash::{FileHash, hash_files};
 pub(crate) use hash::{file_name, hash_bytes, hash_file, hex};
 pub use header::safetensors_header;
+pub(crate) use json::text_file;
 pub use json::{json_file, json_object};
 pub use locate::safetensors_index;
 pub use path::contained;

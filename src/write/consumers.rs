@@ -7,7 +7,8 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 
 use super::genai::genai_config;
-use super::tokenizer::copy_tokenizer;
+use super::tokenizer::{copy_tokenizer, tokenizer_notes};
+use crate::chat::SpecialTokens;
 use crate::element::ElementType;
 use crate::error::{Error, Result};
 use crate::read::{Repository, contained, from_model_config};
@@ -68,16 +69,20 @@ pub fn write_consumer_files(repository: &Repository, signature: &Signature, dire
     } else {
         write("generation_config.json", &generation_config(&repository.config))?;
     }
-    let (genai, mut notes) = genai_config(repository, signature);
+    let read = SpecialTokens::read(&repository.dir);
+    let none = SpecialTokens::default();
+    let tokens = read.as_ref().unwrap_or(&none);
+    if let Some(contradiction) = tokens.contradiction() {
+        return Err(contradiction.clone());
+    }
+    let (genai, mut notes) = genai_config(repository, signature, tokens);
     write("genai_config.json", &genai)?;
-    let tokenizer = copy_tokenizer(&repository.dir, directory)?;
+    let tokenizer = copy_tokenizer(&repository.dir, directory, tokens)?;
     let mut written: Vec<String> =
         ["config.json", "generation_config.json", "genai_config.json"].map(str::to_owned).into();
     written.extend(tokenizer.iter().cloned());
     written.sort();
-    if tokenizer.is_empty() {
-        notes.push("the repository has no tokenizer: consumers need its files beside the model".into());
-    }
+    notes.extend(tokenizer_notes(&repository.dir, &tokenizer, &read));
     if genai.pointer("/model/eos_token_id").is_none() {
         notes.push("no eos_token_id is known: onnxruntime-genai will stop at token 0".into());
     }

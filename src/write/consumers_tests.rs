@@ -151,7 +151,8 @@ fn token_ids_that_are_not_configured() {
         (&json!(1), &Value::Null, &Value::Null)
     );
 
-    let tokenizer = json!({"added_tokens": [{"id": 5, "content": "<end>", "special": true}], "model": {}});
+    let tokenizer =
+        json!({"added_tokens": [{"id": 5, "content": "<end>", "special": true}], "model": {"vocab": {"a": 0}}});
     let files = [
         ("config.json", json!({"eos_token_id": 2})),
         ("tokenizer.json", tokenizer),
@@ -159,13 +160,13 @@ fn token_ids_that_are_not_configured() {
             "tokenizer_config.json",
             json!({
                 "eos_token": {"content": "<end>"}, "pad_token": "<pad>",
-                "added_tokens_decoder": {"9": {"content": "<pad>"}},
+                "added_tokens_decoder": {"6": {"content": "<pad>"}},
             }),
         ),
     ];
     let (_, read) = written(&files, &signature()).unwrap();
     let model = &read("genai_config.json")["model"];
-    assert_eq!((&model["eos_token_id"], &model["pad_token_id"]), (&json!([5, 2]), &json!(9)));
+    assert_eq!((&model["eos_token_id"], &model["pad_token_id"]), (&json!([5, 2]), &json!(6)));
 }
 
 #[test]
@@ -176,7 +177,7 @@ fn the_tokenizer_as_everybody_reads_it() {
     });
     let files = [
         ("config.json", json!({})),
-        ("tokenizer.json", json!({"model": 1})),
+        ("tokenizer.json", json!({"model": {"vocab": {"<a>": 0}}, "added_tokens": [token(0, "<a>")]})),
         ("tokenizer_config.json", config),
         ("golden.json", json!({})),
     ];
@@ -189,6 +190,86 @@ fn the_tokenizer_as_everybody_reads_it() {
     assert_eq!(read("tokenizer_config.json"), expected);
 }
 
+/// An added token as tokenizer.json has it.
+fn token(id: i64, content: &str) -> Value {
+    json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true})
+}
+
+/// What other files say of tokens is written where everybody looks: the ids are those that transformers 5.23 gives.
+#[test]
+fn tokens_that_tokenizer_json_lacks_are_written_into_it() {
+    let tokenizer = json!({"added_tokens": [token(0, "<s>")], "model": {"vocab": {"<s>": 0, "</s>": 1, "a": 2}}});
+    let config = ("config.json", json!({"eos_token_id": 2}));
+    let file = ("tokenizer.json", tokenizer);
+    let map = ("special_tokens_map.json", json!({"bos_token": "<s>", "eos_token": {"content": "</s>"}}));
+    let added = ("added_tokens.json", json!({"<new>": 3, "<newer>": 4}));
+    let (files, read) = written(&[config.clone(), file.clone(), map, added], &signature()).unwrap();
+    let contents = |read: &Value| -> Vec<(i64, String, bool)> {
+        let tokens = read["added_tokens"].as_array().unwrap().iter();
+        tokens
+            .map(|t| (t["id"].as_i64().unwrap(), t["content"].as_str().unwrap().to_owned(), t["special"] == true))
+            .collect()
+    };
+    let expected = [(0, "<s>", true), (1, "</s>", true), (3, "<new>", false), (4, "<newer>", false)];
+    assert_eq!(contents(&read("tokenizer.json")), expected.map(|(id, text, special)| (id, text.to_owned(), special)));
+    assert_eq!(read("genai_config.json")["model"]["eos_token_id"], json!([1, 2]));
+    assert!(files.notes.iter().any(|note| note.contains("<newer>")), "{:?}", files.notes);
+
+    // The configuration's tokens, with their settings.
+    let decoder = json!({"3": {"content": "<x>", "special": true, "lstrip": true}, "0": token(0, "<s>")});
+    let config_file = ("tokenizer_config.json", json!({"added_tokens_decoder": decoder, "eos_token": "<x>"}));
+    let (_, read) = written(&[config.clone(), file.clone(), config_file], &signature()).unwrap();
+    let found = read("tokenizer.json");
+    assert_eq!(
+        (&found["added_tokens"][1]["content"], &found["added_tokens"][1]["lstrip"]),
+        (&json!("<x>"), &json!(true))
+    );
+    assert_eq!(read("genai_config.json")["model"]["eos_token_id"], json!([3, 2]));
+
+    // An id that the tokenizer does not give.
+    for other in [json!({"7": {"content": "<x>"}}), json!({"2": {"content": "</s>"}})] {
+        let config_file = ("tokenizer_config.json", json!({"added_tokens_decoder": other}));
+        let error = written(&[config.clone(), file.clone(), config_file], &signature()).map(|_| ()).unwrap_err();
+        assert!(error.code == Code::TokenizerInvalid && error.subject.contains("tokenizer_config.json"), "{error}");
+    }
+}
+
+/// A repository without a usable tokenizer says so, and what to do.
+#[test]
+fn notes_on_tokenizers_that_are_partial_or_broken() {
+    let config = ("config.json", json!({"eos_token_id": 2}));
+    let whole = json!({"added_tokens": [], "model": {"vocab": {"a": 0}}});
+    for (files, words) in [
+        (vec![], "has no tokenizer"),
+        (vec![("tokenizer_config.json", json!({}))], "save_pretrained"),
+        (
+            vec![("vocab.json", json!({"a": 0})), ("added_tokens.json", json!({}))],
+            "no tokenizer.json (it has added_tokens.json, vocab.json)",
+        ),
+        (vec![("tokenizer.json", json!({}))], "no `vocab`"),
+        (vec![("tokenizer.json", json!([]))], "tokenizer.json: "),
+        (vec![("tokenizer.json", whole.clone()), ("tokenizer_config.json", json!([]))], "tokenizer_config.json: "),
+        (vec![("tokenizer.json", whole.clone()), ("tokenizer_config.json", json!({"bos_token": 3}))], "`bos_token`: 3"),
+        (
+            vec![("tokenizer.json", whole.clone()), ("tokenizer_config.json", json!({"chat_template": "{% if %}"}))],
+            "does not parse",
+        ),
+        (
+            vec![
+                ("tokenizer.json", whole.clone()),
+                ("tokenizer_config.json", json!({"chat_template": "{{ bos_token }}"})),
+            ],
+            "names `bos_token`, which no file",
+        ),
+    ] {
+        let all: Vec<_> = std::iter::once(config.clone()).chain(files).collect();
+        let (files, _) = written(&all, &signature()).unwrap();
+        assert!(files.notes.iter().any(|note| note.contains(words)), "{words}: {:?}", files.notes);
+    }
+    let (files, _) = written(&[config, ("tokenizer.json", whole)], &signature()).unwrap();
+    assert!(files.notes.is_empty(), "{:?}", files.notes);
+}
+
 #[test]
 fn files_are_copied_as_bytes() {
     let (source, target) = (TempDir::new().unwrap(), TempDir::new().unwrap());
@@ -198,7 +279,7 @@ fn files_are_copied_as_bytes() {
     for name in names {
         fs::write(source.path().join(name), b"{ broken \xff").unwrap();
     }
-    assert_eq!(copy_tokenizer(source.path(), target.path()).unwrap(), names);
+    assert_eq!(copy_tokenizer(source.path(), target.path(), &SpecialTokens::default()).unwrap(), names);
     for name in names {
         assert_eq!(fs::read(target.path().join(name)).unwrap(), b"{ broken \xff");
     }

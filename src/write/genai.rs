@@ -5,14 +5,18 @@ use std::ops::RangeInclusive;
 use serde_json::{Map, Value, json};
 
 use super::consumers::Signature;
-use super::tokenizer::special_token;
+use crate::chat::SpecialTokens;
 use crate::read::{Repository, token_numbers, whole};
 
 /// The whole file, and what of the repository's settings it does not have. `type` is "decoder", which stands for every
 /// architecture that genai has no name for.
-pub(crate) fn genai_config(repository: &Repository, signature: &Signature) -> (Value, Vec<String>) {
+pub(crate) fn genai_config(
+    repository: &Repository,
+    signature: &Signature,
+    tokens: &SpecialTokens,
+) -> (Value, Vec<String>) {
     let mut notes = Vec::new();
-    let mut model = token_ids(repository, signature.vocab_size, &mut notes);
+    let mut model = token_ids(repository, tokens, signature.vocab_size, &mut notes);
     model.insert("context_length".into(), signature.context_length.into());
     model.insert("decoder".into(), decoder(signature));
     model.insert("type".into(), "decoder".into());
@@ -53,14 +57,19 @@ fn decoder(signature: &Signature) -> Value {
 }
 
 /// The ids with the fallbacks of genai's own builder: beginning 1, padding the first end.
-fn token_ids(repository: &Repository, vocab_size: usize, notes: &mut Vec<String>) -> Map<String, Value> {
+fn token_ids(
+    repository: &Repository,
+    tokens: &SpecialTokens,
+    vocab_size: usize,
+    notes: &mut Vec<String>,
+) -> Map<String, Value> {
     let mut model = Map::new();
-    let mut ids = |key| ids(repository, key, vocab_size, notes);
+    let mut ids = |key| ids(repository, tokens, (key, vocab_size), notes);
     let beginning = ids("bos_token_id").first().copied().unwrap_or(1);
     let mut ends = ids("eos_token_id");
     let padding = ids("pad_token_id").first().or(ends.first()).copied();
     // A chat model's turn ends with the tokenizer's token, which the configurations may not name.
-    if let Some(turn_end) = special_token(&repository.dir, "eos_token")
+    if let Some(turn_end) = tokens.id("eos_token")
         && is_token(turn_end, vocab_size)
         && !ends.contains(&turn_end)
     {
@@ -86,7 +95,12 @@ fn is_token(id: i64, vocab_size: usize) -> bool {
 
 /// Token ids under this key: of `generation_config.json`, else `config.json`, else the tokenizer. A wrong form is said
 /// and passed over; in `config.json` it was refused before.
-fn ids(repository: &Repository, key: &str, vocab_size: usize, notes: &mut Vec<String>) -> Vec<i64> {
+fn ids(
+    repository: &Repository,
+    tokens: &SpecialTokens,
+    (key, vocab_size): (&str, usize),
+    notes: &mut Vec<String>,
+) -> Vec<i64> {
     let kept = |ids: Vec<i64>| -> Vec<i64> { ids.into_iter().filter(|id| is_token(*id, vocab_size)).collect() };
     if let Some(value) = repository.generation_config.as_ref().and_then(|config| config.get(key)) {
         match token_numbers(value).map(kept) {
@@ -102,7 +116,7 @@ fn ids(repository: &Repository, key: &str, vocab_size: usize, notes: &mut Vec<St
     if !found.is_empty() {
         return found;
     }
-    let special = special_token(&repository.dir, key.trim_end_matches("_id"));
+    let special = tokens.id(key.trim_end_matches("_id"));
     special.into_iter().filter(|id| is_token(*id, vocab_size)).collect()
 }
 

@@ -22,5 +22,4 @@ pub use link::{LinkReport, link};
 pub use model::encode;
 pub use rounded::Zeros;
 pub use space::{check_space, free_space};
-pub(crate) use tokenizer::special_token;
 pub use weights::{Calibration, Streamed, stream};

@@ -5,10 +5,10 @@ use std::fs::{self, File};
 use std::io::Read as _;
 use std::path::Path;
 
-use serde::Deserialize;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use super::consumers::write_json;
+use crate::chat::{ChatTemplate, SpecialTokens};
 use crate::error::{Code, Error, Result};
 use crate::read::{contained, json_file};
 use crate::regular;
@@ -30,18 +30,25 @@ const FILES: &[&str] = &[
     "vocab.txt",
 ];
 const CONFIG: &str = "tokenizer_config.json";
+const TOKENIZER: &str = "tokenizer.json";
 /// Directories of further chat templates.
 const TEMPLATES: &[&str] = &["additional_chat_templates", "chat_templates"];
 
 /// Copies what there is. The answer names the files, sorted; none is not an error.
-pub(crate) fn copy_tokenizer(from: &Path, to: &Path) -> Result<Vec<String>> {
+pub(crate) fn copy_tokenizer(from: &Path, to: &Path, tokens: &SpecialTokens) -> Result<Vec<String>> {
     let mut copied = Vec::new();
     for name in FILES {
-        copy(from, to, name, &mut copied)?;
+        match *name {
+            TOKENIZER if !tokens.lacking().is_empty() => {
+                write_json(&to.join(name), &complete(from, tokens)?)?;
+                copied.push(TOKENIZER.to_owned());
+            }
+            name => copy(from, to, name, &mut copied)?,
+        }
     }
     if present(from, CONFIG) {
-        // A broken one is copied as it is: who reads it says what is wrong with it.
-        let spelled = json_file(&contained(from, CONFIG)?).ok().and_then(spelled_for_all);
+        // A broken one is copied as it is, with a note.
+        let spelled = json_file(&contained(from, CONFIG)?).ok().and_then(|config| spelled_for_all(config, tokens));
         if let Some(config) = spelled {
             write_json(&to.join(CONFIG), &Value::Object(config))?;
             copied.push(CONFIG.to_owned());
@@ -105,10 +112,82 @@ fn copy_templates(from: &Path, to: &Path, directory: &str, copied: &mut Vec<Stri
     Ok(())
 }
 
+/// tokenizer.json with the tokens that other files add to it: its other readers look at it alone.
+fn complete(from: &Path, tokens: &SpecialTokens) -> Result<Value> {
+    let mut file = json_file(&contained(from, TOKENIZER)?)?;
+    let mut added = match file.get("added_tokens") {
+        Some(Value::Array(added)) => added.clone(),
+        _ => Vec::new(),
+    };
+    for token in tokens.lacking() {
+        let written = json!({
+            "id": token.id, "content": token.content, "single_word": token.single_word, "lstrip": token.lstrip,
+            "rstrip": token.rstrip, "normalized": token.normalized, "special": token.special,
+        });
+        match added.iter_mut().find(|known| known.get("content").is_some_and(|text| *text == *token.content)) {
+            Some(known) => *known = written,
+            None => added.push(written),
+        }
+    }
+    added.sort_by_key(|token| token.get("id").and_then(Value::as_i64));
+    file.insert("added_tokens".into(), added.into());
+    Ok(file.into())
+}
+
+/// What a person should know of the tokenizer before using the directory.
+pub(crate) fn tokenizer_notes(from: &Path, copied: &[String], tokens: &Result<SpecialTokens>) -> Vec<String> {
+    const TEXT: &str = "`hf2onnx generate`, onnxruntime-genai and transformers.js can not turn text into tokens";
+    let mut notes = Vec::new();
+    if copied.is_empty() {
+        notes.push(format!("the repository has no tokenizer: {TEXT} before its files are put beside the model"));
+    } else if !copied.iter().any(|name| name == TOKENIZER) {
+        notes.push(format!(
+            "the repository has no tokenizer.json (it has {}): {TEXT}; write one with transformers, \
+             AutoTokenizer.from_pretrained(REPOSITORY).save_pretrained(REPOSITORY), and build again",
+            copied.join(", ")
+        ));
+    }
+    match tokens {
+        Err(error) => {
+            let next = if error.help.is_empty() { "copy the repository's file again" } else { &error.help };
+            notes.push(format!("{}: {}: {TEXT} with it; {next}", error.subject, error.found));
+        }
+        Ok(tokens) => {
+            let names: Vec<&str> = tokens.lacking().iter().map(|token| token.content.as_str()).collect();
+            if !names.is_empty() {
+                notes.push(format!("tokenizer.json: written with what other files say of {}", shortened(&names)));
+            }
+            match ChatTemplate::open(from, tokens.named()) {
+                Ok(template) => notes.extend(template.iter().flat_map(ChatTemplate::notes)),
+                Err(error) => {
+                    notes.push(format!("{}: {}: no chat with it; {}", error.subject, error.found, error.help));
+                }
+            }
+        }
+    }
+    notes
+}
+
+/// The first names of a list that may be long.
+fn shortened(names: &[&str]) -> String {
+    const MOST: usize = 8;
+    let shown: Vec<String> = names.iter().take(MOST).map(|name| format!("{name:?}")).collect();
+    let more = names.len().saturating_sub(MOST);
+    if more == 0 { shown.join(", ") } else { format!("{} and {more} more", shown.join(", ")) }
+}
+
 /// Transformers 5's spelling as transformers 4, transformers.js and genai also read it. None when
 /// there is nothing to change.
-fn spelled_for_all(mut config: Map<String, Value>) -> Option<Map<String, Value>> {
+fn spelled_for_all(mut config: Map<String, Value>, tokens: &SpecialTokens) -> Option<Map<String, Value>> {
     let mut changed = false;
+    // Special tokens that other files name: most readers look here alone.
+    for (key, value) in tokens.named() {
+        let own = config.get(key).map(|own| own.get("content").unwrap_or(own));
+        if own != Some(value) {
+            config.insert(key.clone(), value.clone());
+            changed = true;
+        }
+    }
     if config.get("tokenizer_class").is_some_and(|class| class == "TokenizersBackend") {
         config.insert("tokenizer_class".into(), "PreTrainedTokenizerFast".into());
         config.shift_remove("backend");
@@ -123,38 +202,6 @@ fn spelled_for_all(mut config: Map<String, Value>) -> Option<Map<String, Value>>
         changed = true;
     }
     changed.then_some(config)
-}
-
-/// The id of a special token (`bos_token`, `eos_token`, `pad_token`), where the tokenizer's files say.
-pub(crate) fn special_token(dir: &Path, key: &str) -> Option<i64> {
-    let config = json_file(&contained(dir, CONFIG).ok()?).ok()?;
-    let content = match config.get(key)? {
-        Value::String(text) => text.as_str(),
-        other => other.get("content")?.as_str()?,
-    };
-    added_tokens(dir).into_iter().find(|token| token.content == content).map(|token| token.id).or_else(|| {
-        let decoder = config.get("added_tokens_decoder")?.as_object()?;
-        let holds = |token: &Value| token.get("content").is_some_and(|text| text == content);
-        decoder.iter().find(|(_, token)| holds(token))?.0.parse().ok()
-    })
-}
-
-#[derive(Deserialize)]
-struct AddedToken {
-    id: i64,
-    content: String,
-}
-
-/// `added_tokens` of tokenizer.json. The vocabulary beside it, millions of bytes, is skipped.
-fn added_tokens(dir: &Path) -> Vec<AddedToken> {
-    #[derive(Deserialize)]
-    struct Tokenizer {
-        #[serde(default)]
-        added_tokens: Vec<AddedToken>,
-    }
-    let bytes = contained(dir, "tokenizer.json").ok().and_then(|path| regular::read(&path, regular::TOKENIZER).ok());
-    let tokenizer = bytes.and_then(|bytes| serde_json::from_slice::<Tokenizer>(&bytes).ok());
-    tokenizer.map(|tokenizer| tokenizer.added_tokens).unwrap_or_default()
 }
 
 #[cfg(test)]

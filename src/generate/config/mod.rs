@@ -14,9 +14,9 @@ use serde_json::{Map, Value};
 
 use super::stop::Stop;
 use super::{Choice, Settings};
+use crate::chat::SpecialTokens;
 use crate::error::{Code, Error, Result};
 use crate::read::{contained, from_model_config, json_file};
-use crate::write::special_token;
 use processors::{Task, Warpers};
 use setting::Setting;
 #[cfg(test)]
@@ -86,7 +86,10 @@ impl GenerationConfig {
         Ok(Self {
             file: directory.join(file),
             fallback: ends.map(|value| (directory.join("config.json"), value.clone())).collect(),
-            tokenizer_end: special_token(directory, "eos_token").and_then(|id| u32::try_from(id).ok()),
+            tokenizer_end: SpecialTokens::read(directory)
+                .ok()
+                .and_then(|tokens| tokens.id("eos_token"))
+                .and_then(|id| u32::try_from(id).ok()),
             vocabulary: size("vocab_size", "vocab_size"),
             context: size("max_position_embeddings", "context_length"),
             values: generation.unwrap_or_else(|| from_model_config(&config)),
