@@ -87,8 +87,11 @@ fn refused(ran: &Output, words: &[&str], what: &str) {
     }
 }
 
-/// Things that are no file, made at a path.
-const KINDS: [(&str, fn(&Path) -> TestResult); 3] = [
+/// Puts something at a path.
+type Make = fn(&Path) -> TestResult;
+
+/// Things that are no file.
+const KINDS: [(&str, Make); 3] = [
     ("a named pipe", |path| {
         assert!(Command::new("mkfifo").arg(path).status()?.success());
         Ok(())
@@ -107,7 +110,7 @@ const KINDS: [(&str, fn(&Path) -> TestResult); 3] = [
     ("a directory", |path| Ok(fs::create_dir(path)?)),
 ];
 
-fn replace(path: &Path, make: fn(&Path) -> TestResult) -> TestResult {
+fn replace(path: &Path, make: Make) -> TestResult {
     if path.is_dir() {
         fs::remove_dir_all(path)?;
     } else if path.symlink_metadata().is_ok() {
@@ -407,8 +410,8 @@ fn linking_to_another_file_system_asks_for_room_first() -> TestResult {
     let (place, memory) = (tempfile::tempdir_in(scratch())?, Path::new("/dev/shm"));
     let elsewhere =
         memory.metadata().is_ok_and(|data| place.path().metadata().is_ok_and(|own| own.dev() != data.dev()));
+    // Nothing to try without a second file system.
     if !elsewhere {
-        eprintln!("no other file system here");
         return Ok(());
     }
     let folder = tempfile::tempdir_in(memory)?;
