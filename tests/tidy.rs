@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 type TestResult<T = ()> = Result<T, Box<dyn Error>>;
 
 /// The modules in the order of the pipeline: each may use those before it.
-const PIPELINE: [&str; 38] = [
+const PIPELINE: [&str; 40] = [
     "error",
     "guard",
     "jinja",

@@ -21,6 +21,7 @@ pub use crate::jinja::Clock;
 
 use crate::error::{Code, Error, Result};
 use crate::read::{contained, json_object, text_file};
+use crate::regular;
 
 const HELP: &str = "repair the file, or copy the repository's again";
 
@@ -34,7 +35,9 @@ fn text(dir: &Path, name: &str) -> Result<Option<String>> {
         return Ok(None);
     }
     let path = contained(dir, name)?;
-    text_file(&path).map(Some).map_err(|error| for_tokenizer(&dir.join(name), error))
+    // A vocabulary is larger than any settings.
+    let most = if name == "tokenizer.json" { regular::TOKENIZER } else { regular::CONFIGURATION };
+    text_file(&path, most).map(Some).map_err(|error| for_tokenizer(&dir.join(name), error))
 }
 
 /// The object in a repository's JSON file, or `None` where there is none.

@@ -1,6 +1,7 @@
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)]
 
 use super::*;
+use crate::error::Code;
 use crate::read::json_file;
 use tempfile::TempDir;
 

@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 use super::consumers::write_json;
 use crate::chat::{ChatTemplate, SpecialTokens};
 use crate::error::{Code, Error, Result};
-use crate::read::{contained, json_file};
+use crate::read::{contained, json_file, json_object, text_file};
 use crate::regular;
 
 /// Every file that some tokenizer is read from.
@@ -114,7 +114,8 @@ fn copy_templates(from: &Path, to: &Path, directory: &str, copied: &mut Vec<Stri
 
 /// tokenizer.json with the tokens that other files add to it: its other readers look at it alone.
 fn complete(from: &Path, tokens: &SpecialTokens) -> Result<Value> {
-    let mut file = json_file(&contained(from, TOKENIZER)?)?;
+    let path = contained(from, TOKENIZER)?;
+    let mut file = json_object(&text_file(&path, regular::TOKENIZER)?, &path)?;
     let mut added = match file.get("added_tokens") {
         Some(Value::Array(added)) => added.clone(),
         _ => Vec::new(),
