@@ -118,11 +118,11 @@ fn chat_templates() -> TestResult {
     for (name, bytes, words) in [
         (config, &b"{\"chat_template\": "[..], "EOF"),
         (config, b"", "EOF"),
-        (config, b"\xff", "utf-8"),
+        (config, b"\xff", "UTF-8"),
         (config, br#"{"chat_template": 3}"#, "neither a text nor a list"),
         (config, br#"{"chat_template": [{"name": "default"}]}"#, "neither a text nor a list"),
         (config, br#"{"chat_template": "{% if %}"}"#, "expected an expression"),
-        (file, b"\xff", "utf-8"),
+        (file, b"\xff", "UTF-8"),
         (file, b"{% for m in messages %}", "Unexpected end of template"),
         (file, b"a }} {{ }} b", "expected an expression"),
         (file, b"{{ messages[0].role.of.nothing }}", "has no attribute 'of'"),

@@ -50,7 +50,10 @@ fn object(dir: &Path, name: &str) -> Result<Option<Map<String, Value>>> {
 /// An error about a file's contents, as one of the tokenizer.
 fn for_tokenizer(path: &Path, error: Error) -> Error {
     match error.code {
-        Code::ConfigInvalid => invalid(path).found(error.found).expected(error.expected).help(HELP),
+        Code::ConfigInvalid => {
+            let expected = if error.expected.is_empty() { "a text in UTF-8" } else { &error.expected };
+            invalid(path).found(error.found).expected(expected).help(HELP)
+        }
         _ => error,
     }
 }
