@@ -175,7 +175,8 @@ pub fn compile_description(
             .expected("a quantised one, whose integers can be kept")
             .help("name a scheme to quantise with; --accuracy-level alone means --quant stored"));
     }
-    let notes = checkpoint.notes().iter().chain(head.note()).cloned().chain(options.unread(&plan)).collect();
+    let notes = checkpoint.notes().iter().chain(head.note()).cloned();
+    let notes = notes.chain(options.unread(&plan)).chain(description.notes()).collect();
     Ok(Compiled { repository, description, model, lowered, plan, layout, quantization, notes })
 }
 

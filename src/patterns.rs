@@ -17,18 +17,19 @@ impl Patterns {
     /// # Errors
     /// One of them is no pattern.
     pub fn new(option: &str, written: &[String]) -> Result<Self> {
-        let invalid = |found: &dyn std::fmt::Display| {
-            Error::new(Code::UsageInvalid, option)
+        let invalid = |pattern: &str, found: &dyn std::fmt::Display| {
+            Error::new(Code::UsageInvalid, format!("{option} {pattern}"))
                 .found(found)
-                .expected("a name, or a pattern in which * stands for any letters")
-                .help("quote it, so that the shell hands it on as it is")
+                .expected("a name, or a pattern such as 'model.layers.*.self_attn.q_proj.bias'")
+                .help("write ? for a character that a pattern reads otherwise")
         };
         let mut globs = GlobSetBuilder::new();
         for pattern in written {
             // Names have dots and no separators: `*` stands for all of them.
-            globs.add(GlobBuilder::new(pattern).literal_separator(false).build().map_err(|e| invalid(&e))?);
+            let glob = GlobBuilder::new(pattern).literal_separator(false).build();
+            globs.add(glob.map_err(|error| invalid(pattern, &error))?);
         }
-        let globs = globs.build().map_err(|e| invalid(&e))?;
+        let globs = globs.build().map_err(|error| invalid(&written.join(" "), &error))?;
         Ok(Self { written: written.to_vec(), globs })
     }
 

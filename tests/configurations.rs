@@ -1,5 +1,7 @@
 //! Configurations as people bring them, changed in one way each: what they mean, or the error that they get.
 
+#![allow(clippy::expect_used)]
+
 mod common;
 
 use std::fs;

@@ -37,6 +37,11 @@ fn template() -> Result<(), Box<dyn Error>> {
 }
 
 #[test]
+fn chat() -> Result<(), Box<dyn Error>> {
+    replay("chat", targets::chat)
+}
+
+#[test]
 fn golden() -> Result<(), Box<dyn Error>> {
     replay("golden", targets::golden)
 }

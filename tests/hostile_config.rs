@@ -130,7 +130,6 @@ fn rope_parameters() {
         ("original_max_position_embeddings", json!(0)),
         ("low_freq_factor", json!(0.0)),
         ("high_freq_factor", json!(1.0)),
-        ("partial_rotary_factor", json!(2.0)),
         ("attention_factor", json!(-1)),
     ] {
         let mut parameters = json!({"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
@@ -142,6 +141,8 @@ fn rope_parameters() {
         |short: Value| json!({"rope_type": "longrope", "rope_theta": 1e4, "short_factor": short, "long_factor": [1.0]});
     refused("llama", &rope(long(json!([-1.0]))), Code::ConfigInvalid, &["rope_parameters.short_factor", "-1"]);
     refused("llama", &rope(long(json!(vec![1.0; 100_000]))), Code::ConfigInvalid, &["short_factor", "100000 items"]);
+    let more = json!({"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 2.0});
+    refused("phi", &rope(more), Code::ConfigInvalid, &["rope_parameters.partial_rotary_factor", "2"]);
     let tiny = json!({"rope_type": "default", "rope_theta": 1e-300});
     refused("llama", &rope(tiny), Code::SpecInvalid, &["rope"]);
     let flat = json!({"rope_type": "linear", "rope_theta": 1e4, "factor": 1e-300});

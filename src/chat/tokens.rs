@@ -53,6 +53,10 @@ impl SpecialTokens {
         tokens.named = tokens.with_defaults(dir, &config, given);
         if has_vocabulary {
             tokens.add(dir, &config, &map, &explicit)?;
+        } else {
+            // The ids are known, if not the vocabulary, which is in another format.
+            let special: Vec<String> = tokens.named.values().filter_map(Value::as_str).map(str::to_owned).collect();
+            tokens.vocabulary.added = declared(dir, &config, &special)?.1;
         }
         Ok(tokens)
     }

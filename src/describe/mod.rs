@@ -40,6 +40,14 @@ pub struct Description {
     pub accounting: Accounting,
 }
 
+impl Description {
+    /// What a user should know of the configuration: a key that is not followed, because another one is.
+    pub fn notes(&self) -> impl Iterator<Item = String> {
+        let passed_over = self.accounting.without_effect.get("rope_parameters");
+        passed_over.map(|reason| format!("config.json: rope_parameters: {reason}")).into_iter()
+    }
+}
+
 /// Describes a configuration by a template. Keys that the template does not know must be in `allowed`: names, or patterns
 /// with `*`.
 pub fn describe(template: &Template, config: &Map<String, Value>, allowed: &[String]) -> Result<Description> {

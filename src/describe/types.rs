@@ -47,8 +47,7 @@ fn literal(value: &Value) -> Option<String> {
 fn contradiction(default: &Toml, value: &Value) -> Option<&'static str> {
     let number = default.is_integer() || default.is_float();
     match value {
-        Value::Bool(_) if number => Some("a number"),
-        Value::String(_) if number => Some("a number"),
+        Value::Bool(_) | Value::String(_) if number => Some("a number"),
         Value::Number(_) | Value::String(_) if default.is_bool() => Some("true or false"),
         Value::Bool(_) | Value::Number(_) if default.as_str().is_some_and(|text| !text.starts_with('=')) => {
             Some("a name")

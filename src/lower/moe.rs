@@ -6,7 +6,7 @@ use crate::build::{Model, MoeOp};
 use crate::element::ElementType;
 use crate::error::{Code, Error, Result};
 use crate::graph::{Dim, Graph, Type, ValueId};
-use crate::quantize::Scheme;
+use crate::quantize::{Algorithm, Scheme};
 use crate::spec::{Activation, Score};
 use crate::weight::{Split, Weight};
 
@@ -126,8 +126,9 @@ impl Lowerer<'_> {
         let first_bias = self.extended_bias(model, operands, rows)?;
         let down_bias = operands.down.bias.map(|bias| self.value(model, bias)).transpose()?;
         let mut call = call.int("expert_weight_bits", scheme.bits().into()).size("block_size", scheme.block_size());
-        // Attributes that releases before 1.31 do not have stand only where they say something.
-        if self.experts_accuracy_level() != 0 {
+        // Releases before 1.31 refuse a file with this attribute: it stands where it says something, and beside zero points
+        // of a checkpoint, which they would read wrong.
+        if self.experts_accuracy_level() != 0 || !scheme.is_symmetric() {
             call = call.int("accuracy_level", self.experts_accuracy_level());
         }
         if self.options.target.limits("QMoE").packed {
@@ -157,6 +158,8 @@ impl Lowerer<'_> {
         if scheme.bits() == 2 || scheme.has_float_zeros() {
             return Err("the operator has no kernel for 2 bits, nor for float zero points".to_owned());
         }
+        // Releases before 1.31 read zero points wrong without a word.
+        let scheme = if scheme.algorithm() == Algorithm::Stored { scheme } else { scheme.symmetric() };
         if scheme.bits() == 8 && (1..4).contains(&self.experts_accuracy_level()) {
             return Err("with 8 bits its kernel rounds activations to 8 bits, whatever is asked".to_owned());
         }

@@ -31,8 +31,9 @@ pub use search::{Findings, Place, Search, State};
 /// The release that [`install`] fetches for the processor.
 pub const PINNED_VERSION: &str = "1.32.0";
 
-/// The oldest release (1.x) that runs what this program writes: attention has its input of sinks since then.
-pub const OLDEST_MINOR: u32 = 23;
+/// The oldest release (1.x) that computes right what this program writes: 1.23.2 loads the files, and is wrong in attention
+/// with a window beside a bias and in experts of 4 bits.
+pub const OLDEST_MINOR: u32 = 24;
 
 /// Where a library was looked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -106,7 +107,7 @@ pub fn ensure(search: &Search, say: &mut dyn FnMut(&str)) -> Result<Library> {
     }
     if search.explicit.is_some() {
         let help = match search.provider {
-            Provider::Cpu => "name a libonnxruntime file of release 1.23 or later, or leave the option out",
+            Provider::Cpu => "name a libonnxruntime file of release 1.24 or later, or leave the option out",
             Provider::Cuda => "run `hf2onnx runtime install --provider cuda` and leave the option out",
         };
         let error = Error::new(Code::RuntimeMissing, "the library named by --runtime").found(refused.join("; "));

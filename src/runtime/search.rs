@@ -398,12 +398,12 @@ mod tests {
         touch(&capi.join("onnxruntime.dll"));
         touch(&root.path().join("site-packages/onnxruntime-1.17.3.dist-info/METADATA"));
         touch(&root.path().join("site-packages/onnxruntime_genai-1.30.0.dist-info/METADATA"));
-        touch(&root.path().join("lib/libonnxruntime.1.23.2.dylib"));
+        touch(&root.path().join("lib/libonnxruntime.1.24.4.dylib"));
         let found = empty(root.path()).run();
         let library = found.library().unwrap();
-        assert_eq!((library.origin, library.version.as_deref()), (Origin::System, Some("1.23.2")));
+        assert_eq!((library.origin, library.version.as_deref()), (Origin::System, Some("1.24.4")));
         let python = found.places.iter().find(|p| p.origin == Origin::Python).unwrap();
-        assert_eq!(python.state, State::Skipped { reason: "release 1.17.3 is older than 1.23".into() });
+        assert_eq!(python.state, State::Skipped { reason: "release 1.17.3 is older than 1.24".into() });
     }
 
     #[test]
@@ -424,6 +424,6 @@ mod tests {
         let path = root.path().join("libonnxruntime.so");
         fs::write(&path, b"\x7fELF\0OrtGetApiBase\0VERS_1.20.1\0more").unwrap();
         let place = examine(Origin::System, &path);
-        assert_eq!(place.state, State::Skipped { reason: "release 1.20.1 is older than 1.23".into() });
+        assert_eq!(place.state, State::Skipped { reason: "release 1.20.1 is older than 1.24".into() });
     }
 }

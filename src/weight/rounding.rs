@@ -6,8 +6,9 @@ use crate::element::ElementType;
 
 /// Below this float16 rounds by a fixed step, and in the end to 0.
 const NORMAL: f32 = 6.103_515_6e-5;
-/// Float16's own rounding is off by half of this; what is off by more than twice of it has lost its small values.
-const ROUNDED: f64 = 1.0 / 512.0;
+/// What is off by more than this share of its size has lost its small values. Float16's own rounding is off by 1/4096, and
+/// a lone 1e-6, as activations have it for an epsilon, by 1/77, which transformers in float16 has as well.
+const ROUNDED: f64 = 1.0 / 32.0;
 
 /// A tally over the values of a tensor.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]

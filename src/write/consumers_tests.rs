@@ -127,7 +127,7 @@ fn hints_that_are_none() {
 #[test]
 fn token_ids_of_a_wrong_form() {
     let tokenizer = [
-        ("tokenizer.json", json!({"added_tokens": [{"id": 5, "content": "<end>"}], "model": {}})),
+        ("tokenizer.json", json!({"added_tokens": [{"id": 5, "content": "<end>"}], "model": {"vocab": {}}})),
         ("tokenizer_config.json", json!({"eos_token": "<end>"})),
     ];
     for wrong in [json!("2"), json!(true), json!([2, "3"]), json!({"a": 1}), json!([[2]]), json!(2.5)] {

@@ -134,7 +134,7 @@ fn a_directory() {
     assert!(error.subject.ends_with("config.json: key `no_repeat_ngram_size`"), "{error}");
     write("generation_config.json", json!({"max_new_tokens": 5}));
     assert_eq!((stop(false), stop(true)), (vec![7], vec![7]));
-    write("tokenizer.json", json!({"added_tokens": [{"id": 9, "content": "<end>"}]}));
+    write("tokenizer.json", json!({"added_tokens": [{"id": 9, "content": "<end>"}], "model": {"vocab": {}}}));
     write("tokenizer_config.json", json!({"eos_token": "<end>"}));
     // transformers' `generate` does not know the tokenizer's end; a chat's answer ends with it.
     assert_eq!((stop(false), stop(true)), (vec![7], vec![7, 9]));

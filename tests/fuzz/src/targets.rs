@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use hf2onnx::build::{self, Logits};
+use hf2onnx::chat::{ChatTemplate, Conversation};
 use hf2onnx::describe::{Catalogue, Template, describe};
 use hf2onnx::error::Error;
 use hf2onnx::golden::Golden;
@@ -74,6 +75,29 @@ pub fn template(bytes: &[u8]) {
         }
         Err(error) => says(&error),
     }
+}
+
+/// A chat template, which renders a conversation with tools.
+pub fn chat(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    let conversation = json!({
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": [{"type": "text", "text": "Wie sp\u{e4}t ist es?\r\n"}]},
+            {"role": "assistant", "content": "", "tool_calls": [
+                {"type": "function", "function": {"name": "clock", "arguments": {"zone": "CET", "n": [1, 2.5, null, true]}}},
+            ]},
+            {"role": "tool", "name": "clock", "content": "{\"now\": \"12:00\"}"},
+        ],
+        "tools": [{"type": "function", "function": {"name": "clock", "parameters": {"type": "object", "properties": {}}}}],
+    });
+    let Ok(conversation) = Conversation::from_json(conversation) else { panic!("the conversation is one") };
+    let tokens = [("bos_token", "<s>"), ("eos_token", "</s>")].map(|(name, text)| (name.to_owned(), json!(text)));
+    let template = ChatTemplate::new(text.to_owned(), tokens.into_iter().collect(), "chat_template.jinja");
+    if let Err(error) = template.render(&conversation) {
+        says(&error);
+    }
+    drop(template.notes());
 }
 
 /// A golden file. One that is accepted is what `verify` can run.
