@@ -22,9 +22,9 @@
 //! ```
 //!
 //! Beside the pipeline: [`graph`] is the form of both graphs and their symbolic shapes, [`weight`] the language of
-//! transforms, [`chat`] special tokens and chat templates, [`quantize`] the arithmetic that turns matrices into small
-//! integers, [`recipe`] which matrices, [`calibrate`] what it is told of their inputs and of caches, [`encoding`] how quantised checkpoints store theirs,
-//! [`opset`] the operators and targets as data, [`onnx`] the file format's messages; [`runtime`] finds onnxruntime, and
+//! transforms, [`chat`] special tokens and chat templates, `jinja` the language of the latter with Python's values,
+//! [`quantize`] the arithmetic that turns matrices into small integers, [`recipe`] which matrices, [`calibrate`] what it is
+//! told of their inputs and of caches, [`encoding`] how quantised checkpoints store theirs, [`opset`] the operators and targets as data, [`onnx`] the file format's messages; [`runtime`] finds onnxruntime, and
 //! for a GPU CUDA's libraries, [`session`] runs a built directory on either and tells where its nodes run, [`generate`]
 //! continues text with it, [`bench`] measures it, [`quant_report`] compares ways to quantise, [`diff`] compares two
 //! directories, [`synth`] makes random checkpoints of a model's shapes, [`interrupt`] hears Ctrl-C, [`patterns`] are the
@@ -42,7 +42,9 @@
 //! lists its kernels as well, and what has none takes another form. Builders write what is meant, so nothing is ever
 //! pattern-matched back.
 //!
-//! **Only downloading, reading, writing and verifying do I/O.** Everything between is pure: the same input gives the same bytes.
+//! **Only downloading, reading, writing and verifying do I/O**, and binding asks the checkpoint for the values of the few
+//! tensors on which the graph hangs: a head that is to be tied, buffers that a template leaves out. Everything between is
+//! pure: the same input gives the same bytes.
 //!
 //! **Nothing from a repository is executed.** `auto_map` is reported, never imported; no pickle is read.
 //!
@@ -50,8 +52,8 @@
 //! tensor is bound, or dropped by a named rule, or an error. Every parameter is bound exactly once.
 //!
 //! **No panic on any input.** What comes from a file is never unwrapped, indexed or cast blindly.
-//! Jinja and tokenizers are libraries that panic on a few files: what they make of one runs guarded, and a panic is an
-//! error. What templates may ask of Jinja is bounded in time and memory; `tests/fuzz` has the fuzz targets.
+//! minijinja and tokenizers are libraries that panic on a few files: what they make of one runs guarded, and a panic is an
+//! error. What expressions and chat templates may ask for is bounded in time and memory; `tests/fuzz` has the fuzz targets.
 //!
 //! **An output directory appears whole or not at all.**
 //!
