@@ -13,7 +13,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
 use common::models::runtime;
-use common::{TestResult, kjv_llama, scratch};
+use common::{TestResult, copy_kjv_llama, scratch};
 use hf2onnx::runtime::{PINNED_VERSION, Search};
 use serde_json::Value;
 
@@ -31,10 +31,7 @@ impl Place {
         for folder in ["home", "tmp", "repo", "marks", "wheels", "bin", "out"] {
             fs::create_dir(place.path(folder))?;
         }
-        for entry in fs::read_dir(kjv_llama())? {
-            let path = entry?.path();
-            fs::copy(&path, place.path("repo").join(path.file_name().unwrap_or_default()))?;
-        }
+        copy_kjv_llama(&place.path("repo"))?;
         Ok(place)
     }
 

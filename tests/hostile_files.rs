@@ -14,7 +14,7 @@ use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
 use common::models::{build_with, options, runtime};
-use common::{TestResult, kjv_llama, scratch};
+use common::{TestResult, copy_kjv_llama, kjv_llama, scratch};
 use hf2onnx::error::Code;
 use hf2onnx::read::Checkpoint;
 use hf2onnx::write::{Force, Staging, free_space, link};
@@ -31,10 +31,7 @@ impl Place {
     fn new() -> TestResult<Self> {
         let place = Self { dir: tempfile::tempdir_in(scratch())? };
         fs::create_dir(place.repo())?;
-        for entry in fs::read_dir(kjv_llama())? {
-            let path = entry?.path();
-            fs::copy(&path, place.repo().join(path.file_name().unwrap_or_default()))?;
-        }
+        copy_kjv_llama(&place.repo())?;
         Ok(place)
     }
 

@@ -71,8 +71,8 @@ pub(super) fn account(template: &Template, config: &Map<String, Value>, allowed:
             unknown.push((key, value));
         }
     }
-    if let [quantized, ..] = quantizations(&unknown).as_slice() {
-        return Err(quantized.clone());
+    if let Some(quantized) = quantization(&unknown) {
+        return Err(quantized);
     }
     if !unknown.is_empty() {
         return Err(unused(template, &unknown, &mentioned)?);
@@ -150,17 +150,15 @@ fn bare(key: &str) -> &str {
     key.rsplit_once('.').map_or(key, |(_, bare)| bare)
 }
 
-/// Settings of quantisation that nothing read.
-fn quantizations(unknown: &[(String, &Value)]) -> Vec<Error> {
-    let unread = unknown.iter().filter(|(key, _)| key == "quantization_config" || key == "compression_config");
-    let error = |(key, value): &(String, &Value)| {
-        let method = value.get("quant_method").and_then(Value::as_str).unwrap_or("unknown");
-        Error::new(Code::QuantizationUnsupported, format!("config.json: {key}"))
-            .found(format!("weights quantised with {method}"))
-            .expected("float32, bfloat16 or float16 weights")
-            .help("use the checkpoint from which this one was quantised")
-    };
-    unread.map(error).collect()
+/// The error of quantization settings that nothing read.
+fn quantization(unknown: &[(String, &Value)]) -> Option<Error> {
+    let (key, value) = unknown.iter().find(|(key, _)| key == "quantization_config" || key == "compression_config")?;
+    let method = value.get("quant_method").and_then(Value::as_str).unwrap_or("unknown");
+    let error = Error::new(Code::QuantizationUnsupported, format!("config.json: {key}"))
+        .found(format!("weights quantised with {method}"))
+        .expected("float32, bfloat16 or float16 weights")
+        .help("use the checkpoint from which this one was quantised");
+    Some(error)
 }
 
 /// All keys that nothing accounts for, each with its value and what it may have been meant for.

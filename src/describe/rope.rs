@@ -177,14 +177,13 @@ fn check_whole_heads(
 
 /// The key that holds what is followed, for errors to name.
 pub(super) fn spelled(config: &Map<String, Value>) -> &'static str {
-    let scaling = config.get("rope_scaling").and_then(Value::as_object);
-    if scaling.is_some_and(|own| !own.is_empty()) { "rope_scaling" } else { "rope_parameters" }
+    if matches!(object(config, "rope_scaling"), Ok(Some(_))) { "rope_scaling" } else { KEY }
 }
 
 /// Why `rope_parameters` are not followed, if they are not.
 pub(super) fn passed_over(config: &Map<String, Value>) -> Option<String> {
-    let own = |key: &str| config.get(key).and_then(Value::as_object).filter(|own| !own.is_empty());
-    let (scaling, parameters) = (own("rope_scaling")?, own("rope_parameters")?);
+    let own = |key: &str| object(config, key).ok().flatten();
+    let (scaling, parameters) = (own("rope_scaling")?, own(KEY)?);
     (!is_by_type(parameters) && parameters != scaling)
         .then(|| "rope_scaling stands beside it and says another thing; transformers takes that one".to_owned())
 }

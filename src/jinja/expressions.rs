@@ -210,28 +210,8 @@ impl Parser {
 
     /// An expression, or several with commas between them.
     pub(super) fn tuple(&mut self, conditional: bool, ends: &[&str]) -> Result<Expr> {
-        let (mut items, mut is_tuple) = (Vec::new(), false);
-        loop {
-            let at_end = matches!(self.token(), Token::BlockEnd | Token::VariableEnd)
-                || self.is_op(")")
-                || ends.iter().any(|end| self.is_name(end));
-            if at_end {
-                break;
-            }
-            items.push(if conditional { self.expression()? } else { self.deeper(Self::or)? });
-            if !self.takes_op(",") {
-                break;
-            }
-            is_tuple = true;
-        }
-        match (items.pop(), is_tuple) {
-            (Some(item), false) => Ok(item),
-            (Some(last), true) => {
-                items.push(last);
-                Ok(Expr::Tuple(items))
-            }
-            (None, _) => self.expected("an expression"),
-        }
+        let item = |parser: &mut Self| if conditional { parser.expression() } else { parser.deeper(Self::or) };
+        self.one_or_tuple(ends, item, Expr::Tuple)
     }
 
     pub(super) fn postfix(&mut self, mut expr: Expr) -> Result<Expr> {

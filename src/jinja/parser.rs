@@ -364,8 +364,17 @@ impl Parser {
 
     /// What is assigned to.
     pub(super) fn target(&mut self, namespaces: bool, ends: &[&str]) -> Result<Target> {
-        let mut targets = Vec::new();
-        let mut is_tuple = false;
+        self.one_or_tuple(ends, |parser| parser.one_target(namespaces), Target::Tuple)
+    }
+
+    /// One item, or a tuple of several with commas between them, up to a bracket, the end of the tag, or a name of `ends`.
+    pub(super) fn one_or_tuple<T>(
+        &mut self,
+        ends: &[&str],
+        item: impl Fn(&mut Self) -> Result<T>,
+        tuple: impl FnOnce(Vec<T>) -> T,
+    ) -> Result<T> {
+        let (mut items, mut is_tuple) = (Vec::new(), false);
         loop {
             let at_end = matches!(self.token(), Token::BlockEnd | Token::VariableEnd)
                 || self.is_op(")")
@@ -373,17 +382,17 @@ impl Parser {
             if at_end {
                 break;
             }
-            targets.push(self.one_target(namespaces)?);
+            items.push(item(self)?);
             if !self.takes_op(",") {
                 break;
             }
             is_tuple = true;
         }
-        match (targets.pop(), is_tuple) {
-            (Some(target), false) => Ok(target),
+        match (items.pop(), is_tuple) {
+            (Some(only), false) => Ok(only),
             (Some(last), true) => {
-                targets.push(last);
-                Ok(Target::Tuple(targets))
+                items.push(last);
+                Ok(tuple(items))
             }
             (None, _) => self.expected("an expression"),
         }

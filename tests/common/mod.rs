@@ -93,6 +93,15 @@ pub fn kjv_llama() -> PathBuf {
     repository().join("golden").join("kjv-llama")
 }
 
+/// Copies the trained model's files into a folder.
+pub fn copy_kjv_llama(to: &Path) -> TestResult {
+    for entry in fs::read_dir(kjv_llama())? {
+        let path = entry?.path();
+        fs::copy(&path, to.join(path.file_name().unwrap_or_default()))?;
+    }
+    Ok(())
+}
+
 /// Root of this repository.
 pub fn repository() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
